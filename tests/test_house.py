@@ -1,0 +1,58 @@
+"""The house rules: data flows one way, one module per notebook, cells a reader can take in, nothing stored that should not be."""
+import ast, json, re, statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
+NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in NOTEBOOKS}
+
+
+def cells(path, kind): return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+def source(cell): return "".join(cell["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_module_has_the_notebooks_name(path):
+    exports = re.findall(r"#\| default_exp (\S+)", "\n".join(map(source, cells(path, "code"))))
+    assert exports == [path.stem[3:]]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_imports_point_to_lower_numbers(path):
+    "A notebook, and so its module, imports only from notebooks before it."
+    code = "\n".join(l for c in cells(path, "code") for l in source(c).splitlines() if not l.startswith(("%", "!")))
+    for node in ast.walk(ast.parse(code)):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if (name or "").startswith("sparse_coding."): assert NUMBER[name.split(".")[1]] < int(path.stem[:2]), name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_cells_are_short_and_outputs_clean(path):
+    code = cells(path, "code")
+    longest = max(code, key=lambda c: source(c).count("\n"))
+    assert source(longest).count("\n") < 30, source(longest)[:200]
+    assert not any(o["output_type"] == "error" for c in code for o in c["outputs"])
+    assert not any("widget-view" in json.dumps(o) for c in code for o in c["outputs"]), "a stored progress bar"
+    assert path.stat().st_size < 1_500_000
+
+
+def test_library_does_not_import_nbdev_or_pickle():
+    for module in (ROOT/"sparse_coding").glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert not {n.split(".")[0] for n in names} & {"nbdev", "pickle", "dill", "joblib"}, module.name
+
+
+def test_modules_and_notebooks_correspond():
+    modules = {p.stem for p in (ROOT/"sparse_coding").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(NUMBER)
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in [*NOTEBOOKS, ROOT/"README.md"]:
+        text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(map(source, cells(path, "markdown")))
+        for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", text):
+            assert (path.parent/target).exists(), f"{path.name} links to {target}"
