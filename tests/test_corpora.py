@@ -1,0 +1,216 @@
+"""Documents in, rows out, against plain Python on texts small enough to see through; the embedded corpus needs its wheels."""
+import json
+import random
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sparse_coding.core import SparseCodingError
+from sparse_coding.corpora import Document, Rows, documents, interleave, load_rows, split_of
+from sparse_coding.models import load_model
+from tiny import tiny_model
+
+WORDS = "the river runs from mountains to sea and people of valley have always lived by it".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(tiny_model(tmp_path_factory.mktemp("neox")/"tiny"), device="cpu")
+
+
+def make(n, seed=0):
+    "Sentences of different lengths, all different."
+    r = random.Random(seed)
+    return [f"{i}: " + " ".join(r.choices(WORDS, k=r.randint(3, 60))) for i in range(n)]
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    "Sixty documents in two domains, alternating irregularly."
+    rows = [{"text": t, "domain": "water" if i % 3 else "stone", "topic": f"t{i % 5}", "title": f"n{i}"} for i, t in enumerate(make(60))]
+    return jsonl(tmp_path/"mixed.jsonl", rows), rows
+
+
+def plain_rows(model, texts, row_len):
+    "What packing should give: the texts end to end, each closed by token 0, cut by slices."
+    stream = [t for text in texts for t in [*model.tokenizer.backend_tokenizer.encode(text).ids, 0]]
+    return [stream[i:i+row_len] for i in range(0, len(stream) - row_len + 1, row_len)]
+
+
+@pytest.mark.parametrize("row_len", [16, 64, 256])
+def test_rows_are_slices_of_each_domain(model, mixed, row_len):
+    path, rows = mixed
+    made = load_rows(path, model, row_len=row_len, heldout=0)
+    expected = [r for d in ("water", "stone") for r in plain_rows(model, [x["text"] for x in rows if x["domain"] == d], row_len)]
+    assert sorted(made.tokens.tolist()) == sorted(expected)
+    assert made.tokens.dtype == made.docs.dtype == np.int32 and made.row_len == row_len
+
+
+def test_every_token_knows_its_document(model, mixed):
+    path, source = mixed
+    made = load_rows(path, model, row_len=16, heldout=0)
+    whole = {x["title"]: x for x in source}
+    for tokens, docs in zip(made.tokens, made.docs):
+        assert len({made.domain[k] for k in docs}) == 1              # a row stays within one domain
+        for k in set(docs.tolist()):
+            piece = model.tokenizer.decode(tokens[docs == k], skip_special_tokens=True)
+            original = whole[made.title[k]]
+            assert piece in original["text"]
+            assert (made.domain[k], made.topic[k]) == (original["domain"], original["topic"])
+    assert [made.row_domain(i) for i in range(len(made))] == [made.domain[d[0]] for d in made.docs]
+
+
+def test_bos_begins_every_row_and_loses_no_token(model, mixed):
+    path, rows = mixed
+    made = load_rows(path, model, row_len=17, bos=True, heldout=0)
+    assert (made.tokens[:, 0] == model.bos_id).all() and (made.docs[:, 0] == made.docs[:, 1]).all()
+    expected = [r for d in ("water", "stone") for r in plain_rows(model, [x["text"] for x in rows if x["domain"] == d], 16)]
+    assert sorted(made.tokens[:, 1:].tolist()) == sorted(expected)
+
+
+def test_split_by_document(model, tmp_path):
+    texts = make(400)
+    path = jsonl(tmp_path/"many.jsonl", [{"text": t, "title": t[:12]} for t in texts + texts[:50]])  # fifty copies
+    train, held = (load_rows(path, model, s, row_len=32, heldout=.2) for s in ("train", "heldout"))
+    sides = [set(r.title) for r in (train, held)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {t[:12] for t in texts}
+    assert 50 < len(sides[1]) < 110                                  # 80 expected, standard deviation 8
+    assert len(train.documents) + len(held.documents) == 450
+    assert [split_of(t, .2) for t in texts] == ["heldout" if t[:12] in sides[1] else "train" for t in texts]
+    assert set(load_rows(path, model, "heldout", row_len=32, heldout=.2, seed=1).title) != sides[1]
+
+
+def test_split_limits():
+    assert {split_of(t, 0.) for t in make(50)} == {"train"}
+    assert split_of("a lone \ud800 surrogate") in ("train", "heldout")
+
+
+@pytest.mark.parametrize("counts", [[50, 7, 1], [3], [0, 4, 9]])
+def test_any_prefix_has_the_same_mix(counts):
+    domain, row = interleave(counts, seed=3)
+    for k, n in enumerate(counts):
+        assert sorted(row[domain == k]) == list(range(n))
+        for end in range(len(domain) + 1): assert abs((domain[:end] == k).sum() - end*n/len(domain)) <= 1
+    assert not np.array_equal(interleave([50], 0)[1], interleave([50], 1)[1])
+
+
+def test_n_tokens_takes_a_prefix(model, mixed):
+    path, _ = mixed
+    whole, some = load_rows(path, model, row_len=16, heldout=0), load_rows(path, model, n_tokens=100, row_len=16, heldout=0)
+    assert len(some) == 6 and np.array_equal(some.tokens, whole.tokens[:6]) and some.folder == whole.folder
+    assert some.fingerprint != whole.fingerprint
+    assert some.fingerprint == load_rows(path, model, n_tokens=100, row_len=16, heldout=0).fingerprint
+    assert len(load_rows(path, model, n_tokens=10**9, row_len=16, heldout=0)) == len(whole)  # all there is
+
+
+def test_changed_file_is_read_again(model, tmp_path):
+    first = load_rows(jsonl(tmp_path/"a.jsonl", [{"text": t} for t in make(20)]), model, row_len=16, heldout=0)
+    second = load_rows(jsonl(tmp_path/"a.jsonl", [{"text": t} for t in make(25, seed=1)]), model, row_len=16, heldout=0)
+    assert len(second.documents) == 25 and first.fingerprint != second.fingerprint
+
+
+def test_txt_jsonl_parquet_and_folders_agree(tmp_path):
+    texts = make(9)
+    (tmp_path/"a.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8-sig")
+    (tmp_path/"crlf.txt").write_bytes("\r\n\r\n".join(texts).encode())
+    pq.write_table(pa.table({"text": texts, "topic": ["x"]*9, "n": list(range(9))}), tmp_path/"a.parquet")
+    jsonl(tmp_path/"a.jsonl", [{"text": t, "topic": "x"} for t in texts])
+    (tmp_path/"folder"/"deeper").mkdir(parents=True)
+    for i, t in enumerate(texts): (tmp_path/"folder"/("deeper" if i > 4 else ".")/f"{i}.txt").write_text(f"\n\n{t}\n\n", encoding="utf-8")
+    (tmp_path/"folder"/"ignored.png").write_bytes(b"\x89PNG")
+    for name in ("a.txt", "crlf.txt", "a.parquet", "a.jsonl", "folder"):
+        got = list(documents(str(tmp_path/name)))
+        assert sorted(d.text.strip() for d in got) == sorted(texts), name
+        assert {d.domain for d in got} == {name.split(".")[0]}
+    assert {d.topic for d in documents(str(tmp_path/"a.parquet"))} == {"x"}
+
+
+def test_text_that_spells_a_special_token(model, tmp_path):
+    made = load_rows(jsonl(tmp_path/"a.jsonl", [{"text": "a <|endoftext|> b"*9}]*9), model, row_len=16, heldout=0)
+    assert (made.tokens == 0).sum() <= 9  # only the joints
+
+
+def test_memory_does_not_grow_with_the_corpus(model, tmp_path):
+    peaks = []
+    for n in (2_500, 10_000):
+        with open(tmp_path/f"{n}.txt", "w") as f:
+            for i in range(n): f.write(f"{i} " + " ".join(WORDS*8) + "\n\n")
+        tracemalloc.start()
+        load_rows(str(tmp_path/f"{n}.txt"), model, row_len=256)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3*peaks[0], peaks
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("empty.txt", b"", "is empty"), ("blank.jsonl", b"\n\n", "is empty"), ("latin.txt", "caf\u00e9".encode("latin-1"), "not UTF-8"),
+    ("latin.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"), ("broken.jsonl", b'{"text": "a"}\n{"text"', "Line 2 of .* is not JSON"),
+    ("other.jsonl", b'{"body": "a"}', "Line 1 of .* has no field 'text'.*body"), ("list.jsonl", b"[1]", "has no field 'text'"),
+    ("null.jsonl", b'{"text": null}', "has no field 'text'"), ("fake.parquet", b"not parquet at all", "not a parquet file"),
+    ("table.csv", b"text\na", "is no .txt, .jsonl, .parquet file"), ("short.txt", b"two words", "fewer than one row of 256")])
+def test_bad_files(model, tmp_path, name, content, says):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(SparseCodingError, match=says) as e: load_rows(str(tmp_path/name), model, heldout=0)
+    assert "\n" not in str(e.value)
+
+
+def test_parquet_without_text(model, tmp_path):
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path/"a.parquet")
+    with pytest.raises(SparseCodingError, match="has no field 'text'.*body"): load_rows(str(tmp_path/"a.parquet"), model)
+
+
+def test_bad_requests(model, mixed):
+    path, _ = mixed
+    for says, kw in [("Unknown split", dict(split="test")), ("longer than the context", dict(row_len=513)), ("no share", dict(heldout=1.)),
+                     ("less than one row", dict(n_tokens=10)), ("heldout part .* fewer than one row", dict(split="heldout", row_len=512))]:
+        with pytest.raises(SparseCodingError, match=says): load_rows(path, model, **kw)
+    with pytest.raises(SparseCodingError, match="does not exist"): load_rows("./nothing.jsonl", model)
+    with pytest.raises(SparseCodingError, match="with n_tokens"): load_rows("somebody/some-data", model)
+
+
+def test_hub_name_without_a_hub(model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SparseCodingError, match='use "embedded" or the path'): load_rows("somebody/some-data", model, n_tokens=1000)
+
+
+def test_hub_data_are_streamed_no_further_than_asked(model, monkeypatch):
+    taken = []
+    def endless(name, split, streaming):
+        assert (name, split, streaming) == ("somebody/pile", "train", True)
+        for i in range(10**9):
+            taken.append(i)
+            yield {"text": f"{i} " + " ".join(WORDS*40), "meta": {"pile_set_name": "Books"}}
+    monkeypatch.setattr("sparse_coding.corpora.hub_reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", endless)
+    made = load_rows("somebody/pile", model, n_tokens=512*64, row_len=64)
+    assert len(made) == 512 and set(made.domain) == {"pile"} and set(made.topic) == {"Books"}
+    assert len(taken) < 10_000
+
+
+def test_interrupted_work_is_done_again(model, mixed, monkeypatch):
+    path, _ = mixed
+    import sparse_coding.corpora as corpora
+    whole = corpora._shuffle
+    def cut(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(corpora, "_shuffle", cut)
+    with pytest.raises(KeyboardInterrupt): load_rows(path, model, row_len=24, heldout=0)
+    monkeypatch.setattr(corpora, "_shuffle", whole)
+    made = load_rows(path, model, row_len=24, heldout=0)
+    assert len(made) and not list(made.folder.glob("*.ribbon"))
+
+
+def test_embedded_domains():
+    firsts = {name: next(documents(name)) for name in ("encyclopedia", "code", "conversation")}
+    assert all(isinstance(d, Document) and d.domain == name and d.topic and d.title for name, d in firsts.items())
+    some = list(documents("conversation+code"))
+    assert {d.domain for d in some} == {"conversation", "code"}
+    assert not any("/locale/" in d.title or "/migrations/" in d.title for d in some)
+    assert len({d.topic for d in some if d.domain == "conversation"}) == 21
