@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'MODEL_NAMES', 'shades', 'use_style', 'signature', 'stamp', 'figures_dir', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #c70ea176
+# %% ../nbs/01_plots.ipynb #214dab32
 import io, os
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from cycler import cycler
 
 from .core import Preset, cache_dir
 
-# %% ../nbs/01_plots.ipynb #50ae743f
+# %% ../nbs/01_plots.ipynb #ae998ceb
 COLORS = {"sae": "#0072B2", "pca": "#E69F00", "ica": "#009E73", "random": "#999999", "basis": "#CC79A7",
           "target": "#D55E00", "other": "#56B4E9", "ink": "#222222"}
 
-# %% ../nbs/01_plots.ipynb #336771fb
+# %% ../nbs/01_plots.ipynb #822381ea
 def shades(
     n:int, # how many ordered values
 ) -> list: # RGBA colours, dark to light
     "Colours for ordered values."
     return [mpl.colormaps["viridis"](.85*i/max(n - 1, 1)) for i in range(n)]
 
-# %% ../nbs/01_plots.ipynb #159de9b0
+# %% ../nbs/01_plots.ipynb #1d5ca743
 def use_style():
     "The look of all figures: small, quiet, readable at the width of a page."
     plt.rcParams.update({
@@ -37,7 +37,7 @@ def use_style():
         "lines.markersize": 4.5, "axes.prop_cycle": cycler(color=[COLORS[k] for k in
             ("sae", "target", "ica", "pca", "basis", "other", "random")])})
 
-# %% ../nbs/01_plots.ipynb #4ba61b2b
+# %% ../nbs/01_plots.ipynb #9e751d0f
 MODEL_NAMES = {"embedded": "SmolLM2-135M-Instruct"}
 
 def signature(
@@ -58,7 +58,7 @@ def stamp(
     fig.supxlabel(signature(p, **counts), fontsize=6.5, color="#777777", x=.995, ha="right")
     return fig
 
-# %% ../nbs/01_plots.ipynb #547c3a7b
+# %% ../nbs/01_plots.ipynb #aa6f8ef8
 def figures_dir() -> Path:
     "Where this run's figures go."
     path = Path(os.environ.get("SPARSE_CODING_OUT") or cache_dir()/"out")/"figures"

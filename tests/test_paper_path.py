@@ -1,0 +1,35 @@
+"""The `paper` preset's code path, offline: the same cells on a tiny random GPT-NeoX and a local corpus, with small counts."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from test_notebooks import NOTEBOOKS
+from tiny import tiny_model
+
+COUNTS = dict(size="quick", n_tokens=16_384, n_heldout=8_192, ratios=[1, 2], alphas=[1e-4, 3e-3], ratio=2, alpha=3e-3, steps=60,
+              batch_size=256, attn_layers=[1])
+
+
+@pytest.fixture(scope="module")
+def tiny_neox(tmp_path_factory):
+    "A random GPT-NeoX with its tokenizer, and this project's own sources as text."
+    folder = tmp_path_factory.mktemp("paper")
+    model = tiny_model(folder/"neox", "gpt_neox")
+    files = sorted(Path(__file__).parent.parent.glob("sparse_coding/*.py"))*3
+    with open(folder/"corpus.jsonl", "w") as f:
+        for i,path in enumerate(files):
+            text = path.read_text()
+            f.writelines(json.dumps({"text": text[k:k + 2000]}) + "\n" for k in range(0, len(text), 2000))
+    return model, folder/"corpus.jsonl"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_at_paper_settings(path, tiny_neox, tmp_path):
+    model, corpus = tiny_neox
+    sets = [f"--set={k}={json.dumps(v)}" for k,v in COUNTS.items()]
+    command = [sys.executable, "-m", "sparse_coding.reproduce", "reproduce", "--preset", "paper", "--model", str(model),
+               "--corpus", str(corpus), "--layers", "1,2", "--only", path.stem, "--out", str(tmp_path), *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path/"notebooks"/path.name).exists()
