@@ -7,7 +7,7 @@ __all__ = ['TENSORS', 'unit_rows', 'Dictionary', 'TiedSAE', 'UntiedSAE', 'TopKSA
            'total_variance', 'fvu', 'explained_variance', 'cossim', 'feature_density', 'frac_alive', 'evaluate',
            'directions', 'max_cosines', 'mmcs', 'matched_cosines']
 
-# %% ../nbs/05_dictionaries.ipynb #d6b9b9b4
+# %% ../nbs/05_dictionaries.ipynb #40111e0d
 import copy
 import re
 from collections.abc import Iterable
@@ -22,14 +22,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from .core import SITE_KINDS, Site, SparseCodingError, read_json, write_json
 
-# %% ../nbs/05_dictionaries.ipynb #9b6d54a7
+# %% ../nbs/05_dictionaries.ipynb #e2595870
 def unit_rows(
     M:Float[Tensor, "n d"], # one direction per row, of any length
 ) -> Float[Tensor, "n d"]: # the same directions at length one
     "Rows divided by their Euclidean length; a row of zeros stays a row of zeros."
     return F.normalize(M, dim=-1)
 
-# %% ../nbs/05_dictionaries.ipynb #4f43a5f8
+# %% ../nbs/05_dictionaries.ipynb #6c55ab2d
 class Dictionary(nn.Module):
     "Features and an encoder for them: `c = act(x W_enc + b_enc)`, `x_hat = c W_dec + b_dec` (eqs 1-3, 5-6)."
     architecture = "standard"                # SAELens' word for a ReLU encoder
@@ -48,7 +48,7 @@ class Dictionary(nn.Module):
         self.register_buffer("b_dec", torch.zeros(d_in))
         self.project_()
 
-# %% ../nbs/05_dictionaries.ipynb #4f80d250
+# %% ../nbs/05_dictionaries.ipynb #501aec6f
 def _generator(seed): return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
 def _xavier(n, m, generator): return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, m), generator=generator))
@@ -58,7 +58,7 @@ def _check_arguments(d_in, d_sae, norm):
     if norm not in ("in_loss", "project"):
         raise SparseCodingError(f'norm must be "in_loss" (paper 1) or "project" (paper 2), got "{norm}".')
 
-# %% ../nbs/05_dictionaries.ipynb #6041bf82
+# %% ../nbs/05_dictionaries.ipynb #82a9d110
 @patch(as_prop=True)
 def W_dec(self:Dictionary) -> Float[Tensor, "d_sae d_in"]:
     "The features, one unit row each."
@@ -70,7 +70,7 @@ def project_(self:Dictionary) -> Dictionary:
     if self.norm == "project": self.M.data = unit_rows(self.M.data)
     return self
 
-# %% ../nbs/05_dictionaries.ipynb #1924ebc2
+# %% ../nbs/05_dictionaries.ipynb #7fb541b6
 @patch
 def act(self:Dictionary, a:Float[Tensor, "*b d_sae"]) -> Float[Tensor, "*b d_sae"]:
     "The nonlinearity of the encoder: ReLU."
@@ -82,11 +82,11 @@ def encode(self:Dictionary,
 ) -> Float[Tensor, "*b d_sae"]: # codes c, in the same units
     "How much of each feature is in `x`, eq. (1); raises where the width of `x` is not `d_in`."
     if x.shape[-1] != self.d_in:
-        raise SparseCodingError(f"This dictionary reads vectors of width {self.d_in}, but these have width {x.shape[-1]}: "
-                                "it was made for another model or site.")
+        raise SparseCodingError(f"This dictionary reads vectors of width {self.d_in}, but these have width "
+                                f"{x.shape[-1]}: it was made for another model or site.")
     return self.act(F.linear(x - self.b_dec if self.pre_bias else x, self.W_enc.T, self.b_enc))
 
-# %% ../nbs/05_dictionaries.ipynb #c06c39f3
+# %% ../nbs/05_dictionaries.ipynb #259ab40a
 @patch
 def decode(self:Dictionary,
     c:Float[Tensor, "*b d_sae"], # codes
@@ -99,13 +99,13 @@ def forward(self:Dictionary, x:Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_
     "Encode, then decode."
     return self.decode(self.encode(x))
 
-# %% ../nbs/05_dictionaries.ipynb #48b1dd4c
+# %% ../nbs/05_dictionaries.ipynb #af9ca543
 class TiedSAE(Dictionary):
     "Paper 1's dictionary: one matrix encodes and decodes, encoder bias only (eqs 1-3)."
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]: return self.W_dec.T
 
-# %% ../nbs/05_dictionaries.ipynb #24000a8b
+# %% ../nbs/05_dictionaries.ipynb #2e583fa9
 class UntiedSAE(Dictionary):
     "Separate encoder and decoder (eqs 5-6); `pre_bias` adds paper 2's `b_dec`, subtracted first and added back last."
     def __init__(self,
@@ -120,7 +120,7 @@ class UntiedSAE(Dictionary):
         self.pre_bias = pre_bias
         if pre_bias: self.b_dec = nn.Parameter(self.b_dec)
 
-# %% ../nbs/05_dictionaries.ipynb #6b43c192
+# %% ../nbs/05_dictionaries.ipynb #429ef8d5
 class TopKSAE(UntiedSAE):
     "An untied dictionary that keeps only the `k` largest codes of each vector."
     architecture = "topk"
@@ -136,14 +136,14 @@ class TopKSAE(UntiedSAE):
         if not 1 <= k <= d_sae: raise SparseCodingError(f"k must lie between 1 and d_sae={d_sae}, got {k}.")
         self.k = k
 
-# %% ../nbs/05_dictionaries.ipynb #6a0d7045
+# %% ../nbs/05_dictionaries.ipynb #d810d7b6
 @patch
 def act(self:TopKSAE, a:Float[Tensor, "*b d_sae"]) -> Float[Tensor, "*b d_sae"]:
     "The `k` largest pre-activations, negative ones cut to zero."
     top = a.topk(self.k, dim=-1)
     return torch.zeros_like(a).scatter(-1, top.indices, F.relu(top.values))
 
-# %% ../nbs/05_dictionaries.ipynb #95383036
+# %% ../nbs/05_dictionaries.ipynb #fbcfe950
 @patch
 def scaled(self:Dictionary,
     s:float, # the factor the training data were multiplied by
@@ -156,7 +156,7 @@ def scaled(self:Dictionary,
     raw.metadata["input_scale"] = s*self.metadata.get("input_scale", 1.)
     return raw
 
-# %% ../nbs/05_dictionaries.ipynb #1bf8de53
+# %% ../nbs/05_dictionaries.ipynb #ba0965de
 @patch
 def check(self:Dictionary,
     model, # a LanguageModel: has `fingerprint` and `d_in(site)`
@@ -167,12 +167,12 @@ def check(self:Dictionary,
     if own != str(site): raise SparseCodingError(f"This dictionary was trained at {own}; it cannot be used at {site}.")
     if mark != model.fingerprint:
         name = self.metadata.get("model_name", "another model")
-        raise SparseCodingError(f"This dictionary was trained on {name}, whose weights or tokenizer differ from this model's.")
+        raise SparseCodingError(f"This dictionary was trained on {name}; this model's weights or tokenizer differ.")
     if self.d_in != model.d_in(site):
-        raise SparseCodingError(f"This dictionary has d_in={self.d_in}, but {site} of this model is {model.d_in(site)} wide.")
+        raise SparseCodingError(f"This dictionary has d_in={self.d_in}, but {site} here is {model.d_in(site)} wide.")
     return self
 
-# %% ../nbs/05_dictionaries.ipynb #7b3cb891
+# %% ../nbs/05_dictionaries.ipynb #be01ccfe
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 @patch(as_prop=True)
@@ -181,11 +181,12 @@ def cfg(self:Dictionary) -> dict:
     meta = {"sae_lens_version": "6.54.12", "tied": isinstance(self, TiedSAE), "norm": self.norm} | self.metadata
     if "site" in meta: meta["hook_name"] = Site.parse(meta["site"]).hook_name
     topk = {"k": self.k, "rescale_acts_by_decoder_norm": False} if self.architecture == "topk" else {}
-    return {"architecture": self.architecture, "d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32", "device": "cpu",
-            "apply_b_dec_to_input": self.pre_bias, "normalize_activations": "none",
-            "reshape_activations": "hook_z" if "attn_z" in meta.get("site", "") else "none", "metadata": meta} | topk
+    return {"architecture": self.architecture, "d_in": self.d_in, "d_sae": self.d_sae,
+            "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": self.pre_bias,
+            "normalize_activations": "none", "metadata": meta,
+            "reshape_activations": "hook_z" if "attn_z" in meta.get("site", "") else "none"} | topk
 
-# %% ../nbs/05_dictionaries.ipynb #500e5338
+# %% ../nbs/05_dictionaries.ipynb #dfa76bd8
 @patch
 def save(self:Dictionary,
     folder:str|Path, # made if it is not there
@@ -199,13 +200,14 @@ def save(self:Dictionary,
     write_json(folder/"cfg.json", self.cfg)
     return folder
 
-# %% ../nbs/05_dictionaries.ipynb #21a78f24
+# %% ../nbs/05_dictionaries.ipynb #8aba8e37
 def _modern(cfg):
     "Settings from before SAELens 6, in the words of 6."
     if int(str(cfg.get("metadata", {}).get("sae_lens_version", "0")).split(".")[0]) >= 6: return cfg
     cfg = {"architecture": "standard", "hook_name": cfg.get("hook_point", "")} | cfg
     if cfg.get("activation_fn_str") == "topk": cfg |= {"architecture": "topk", "k": cfg["activation_fn_kwargs"]["k"]}
-    return cfg | {"metadata": {k: cfg[k] for k in ("model_name", "hook_name", "prepend_bos", "context_size") if k in cfg}}
+    told = ("model_name", "hook_name", "prepend_bos", "context_size")
+    return cfg | {"metadata": {k: cfg[k] for k in told if k in cfg}}
 
 def site_of(
     hook_name:str, # TransformerLens' name, such as "blocks.8.hook_resid_pre"
@@ -216,7 +218,7 @@ def site_of(
     if name == "hook_resid_pre": return Site(int(block)-1, "resid_post") if int(block) else None
     return next((s for s in (Site(int(block), kind) for kind in SITE_KINDS) if s.hook_name == hook_name), None)
 
-# %% ../nbs/05_dictionaries.ipynb #d61b9d50
+# %% ../nbs/05_dictionaries.ipynb #e9ac9e96
 def _read_cfg(folder):
     "Settings of the dictionary in `folder`; raises where we could not honour them."
     try: cfg = _modern(read_json(folder/"cfg.json"))
@@ -241,16 +243,17 @@ def _read_tensors(folder, cfg):
         if not t[name].isfinite().all(): raise SparseCodingError(f"{folder}: {name} holds NaN or infinite values.")
     return t
 
-# %% ../nbs/05_dictionaries.ipynb #11292085
+# %% ../nbs/05_dictionaries.ipynb #81911ab0
 def _fold_norms(t, cfg, folder):
     "Move the lengths of the decoder's rows into the encoder; rows of length one are left as they are, bit for bit."
     length = t["W_dec"].norm(dim=1)
     length = torch.where(((length - 1).abs() < 1e-5) | (length == 0), 1., length)
     if cfg["architecture"] == "topk" and not cfg.get("rescale_acts_by_decoder_norm") and (length != 1).any():
-        raise SparseCodingError(f"{folder}: a TopK dictionary whose decoder rows are not of length one cannot be normalised.")
+        raise SparseCodingError(f"{folder}: this TopK dictionary has decoder rows that are not of length one, "
+                                "and normalising them would change which features are kept.")
     return t | {"W_enc": t["W_enc"]*length, "b_enc": t["b_enc"]*length, "W_dec": t["W_dec"]/length[:, None]}
 
-# %% ../nbs/05_dictionaries.ipynb #1638d7b2
+# %% ../nbs/05_dictionaries.ipynb #e69c236e
 def load_dictionary(
     folder:str|Path, # holds cfg.json and sae_weights.safetensors, ours or SAELens'
 ) -> Dictionary: # ready to use, rows of W_dec at length one
@@ -271,7 +274,7 @@ def load_dictionary(
     d.metadata = meta
     return d.requires_grad_(False)
 
-# %% ../nbs/05_dictionaries.ipynb #91810c37
+# %% ../nbs/05_dictionaries.ipynb #6036c087
 def l0(
     c:Float[Tensor, "n d_sae"], # codes
 ) -> float:
@@ -291,7 +294,7 @@ def total_variance(
     "Mean squared distance of the rows from their mean."
     return mse(x.double(), x.double().mean(0))
 
-# %% ../nbs/05_dictionaries.ipynb #bfd9fa68
+# %% ../nbs/05_dictionaries.ipynb #8307b5a1
 def fvu(
     x:Float[Tensor, "n d_in"], # activations
     x_hat:Float[Tensor, "n d_in"], # reconstructions
@@ -310,7 +313,7 @@ def _ratio(error, variance):
     if not variance > 0: raise SparseCodingError("All rows are equal: there is no variance to explain.")
     return error/variance
 
-# %% ../nbs/05_dictionaries.ipynb #ce846614
+# %% ../nbs/05_dictionaries.ipynb #d6117633
 def cossim(
     x:Float[Tensor, "n d_in"], # activations
     x_hat:Float[Tensor, "n d_in"], # reconstructions
@@ -331,7 +334,7 @@ def frac_alive(
     "Share of features that fire on at least `min_fires` rows."
     return ((c != 0).sum(0) >= min_fires).double().mean().item()
 
-# %% ../nbs/05_dictionaries.ipynb #48de67d1
+# %% ../nbs/05_dictionaries.ipynb #e5942c63
 def evaluate(
     dictionary:Dictionary, # in the units of the batches
     batches:Iterable[Float[Tensor, "n d_in"]], # held-out activations, any batch sizes
@@ -350,13 +353,16 @@ def evaluate(
 
 def _check_finite(x, n):
     bad = ~x.isfinite().all(-1)
-    if bad.any(): raise SparseCodingError(f"Row {n + bad.int().argmax().item()} of the activations holds NaN or infinity "
-                                          f"({bad.sum().item()} such rows in its batch); harvest them again.")
+    if bad.any():
+        first, count = n + bad.int().argmax().item(), bad.sum().item()
+        raise SparseCodingError(f"Row {first} of the activations has NaN or infinity, one of {count} such rows in its "
+                                "batch: harvest them again.")
 
-# %% ../nbs/05_dictionaries.ipynb #c0392895
+# %% ../nbs/05_dictionaries.ipynb #db70c373
 class _Sums:
     "Sums over rows, in float64, from which every metric follows."
-    def __init__(self, d_sae): self.n, self.rows, self.x, self.xx, self.fires = 0, {}, 0., 0., torch.zeros(d_sae).double()
+    def __init__(self, d_sae):
+        self.n, self.rows, self.x, self.xx, self.fires = 0, {}, 0., 0., torch.zeros(d_sae).double()
     def add(self, x, c, x_hat):
         "Add one batch."
         means = dict(l0=l0(c), mse=mse(x, x_hat), cossim=cossim(x, x_hat))
@@ -372,7 +378,7 @@ class _Sums:
         return dict(l0=m["l0"], fvu=unexplained, explained_variance=1 - unexplained, mse=m["mse"], cossim=m["cossim"],
                     frac_alive=(self.fires >= min_fires).double().mean().item(), n=self.n)
 
-# %% ../nbs/05_dictionaries.ipynb #df7779c7
+# %% ../nbs/05_dictionaries.ipynb #80f722cb
 def directions(
     A:Dictionary|Float[Tensor, "n d"], # a dictionary, or directions as rows
 ) -> Float[Tensor, "n d"]:
@@ -396,7 +402,7 @@ def mmcs(
     "How well `A` covers `B`: mean over `B` of the best cosine in `A`. Not symmetric."
     return max_cosines(A, B).double().mean().item()
 
-# %% ../nbs/05_dictionaries.ipynb #7e9154fc
+# %% ../nbs/05_dictionaries.ipynb #6e501cc2
 def matched_cosines(
     A:Dictionary|Float[Tensor, "n d"], # features
     B:Dictionary|Float[Tensor, "m d"], # features to pair with them
