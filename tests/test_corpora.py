@@ -1,4 +1,4 @@
-"""Documents in, rows out, against plain Python on texts small enough to see through; the embedded corpus needs its wheels."""
+"""Documents in, rows out, against plain Python on texts small enough to see through."""
 import json
 import random
 import tracemalloc
@@ -35,7 +35,8 @@ def jsonl(path, rows):
 @pytest.fixture
 def mixed(tmp_path):
     "Sixty documents in two domains, alternating irregularly."
-    rows = [{"text": t, "domain": "water" if i % 3 else "stone", "topic": f"t{i % 5}", "title": f"n{i}"} for i, t in enumerate(make(60))]
+    rows = [{"text": t, "domain": "water" if i % 3 else "stone", "topic": f"t{i % 5}", "title": f"n{i}"}
+            for i, t in enumerate(make(60))]
     return jsonl(tmp_path/"mixed.jsonl", rows), rows
 
 
@@ -45,12 +46,17 @@ def plain_rows(model, texts, row_len):
     return [stream[i:i+row_len] for i in range(0, len(stream) - row_len + 1, row_len)]
 
 
+def by_domain(model, rows, row_len):
+    "What `plain_rows` gives for each of the two domains."
+    texts = lambda domain: [x["text"] for x in rows if x["domain"] == domain]
+    return plain_rows(model, texts("water"), row_len) + plain_rows(model, texts("stone"), row_len)
+
+
 @pytest.mark.parametrize("row_len", [16, 64, 256])
 def test_rows_are_slices_of_each_domain(model, mixed, row_len):
     path, rows = mixed
     made = load_rows(path, model, row_len=row_len, heldout=0)
-    expected = [r for d in ("water", "stone") for r in plain_rows(model, [x["text"] for x in rows if x["domain"] == d], row_len)]
-    assert sorted(made.tokens.tolist()) == sorted(expected)
+    assert sorted(made.tokens.tolist()) == sorted(by_domain(model, rows, row_len))
     assert made.tokens.dtype == made.docs.dtype == np.int32 and made.row_len == row_len
 
 
@@ -72,8 +78,7 @@ def test_bos_begins_every_row_and_loses_no_token(model, mixed):
     path, rows = mixed
     made = load_rows(path, model, row_len=17, bos=True, heldout=0)
     assert (made.tokens[:, 0] == model.bos_id).all() and (made.docs[:, 0] == made.docs[:, 1]).all()
-    expected = [r for d in ("water", "stone") for r in plain_rows(model, [x["text"] for x in rows if x["domain"] == d], 16)]
-    assert sorted(made.tokens[:, 1:].tolist()) == sorted(expected)
+    assert sorted(made.tokens[:, 1:].tolist()) == sorted(by_domain(model, rows, 16))
 
 
 def test_split_by_document(model, tmp_path):
@@ -104,7 +109,8 @@ def test_any_prefix_has_the_same_mix(counts):
 
 def test_n_tokens_takes_a_prefix(model, mixed):
     path, _ = mixed
-    whole, some = load_rows(path, model, row_len=16, heldout=0), load_rows(path, model, n_tokens=100, row_len=16, heldout=0)
+    whole = load_rows(path, model, row_len=16, heldout=0)
+    some = load_rows(path, model, n_tokens=100, row_len=16, heldout=0)
     assert len(some) == 6 and np.array_equal(some.tokens, whole.tokens[:6]) and some.folder == whole.folder
     assert some.fingerprint != whole.fingerprint
     assert some.fingerprint == load_rows(path, model, n_tokens=100, row_len=16, heldout=0).fingerprint
@@ -124,7 +130,8 @@ def test_txt_jsonl_parquet_and_folders_agree(tmp_path):
     pq.write_table(pa.table({"text": texts, "topic": ["x"]*9, "n": list(range(9))}), tmp_path/"a.parquet")
     jsonl(tmp_path/"a.jsonl", [{"text": t, "topic": "x"} for t in texts])
     (tmp_path/"folder"/"deeper").mkdir(parents=True)
-    for i, t in enumerate(texts): (tmp_path/"folder"/("deeper" if i > 4 else ".")/f"{i}.txt").write_text(f"\n\n{t}\n\n", encoding="utf-8")
+    for i, t in enumerate(texts):
+        (tmp_path/"folder"/("deeper" if i > 4 else ".")/f"{i}.txt").write_text(f"\n\n{t}\n\n", encoding="utf-8")
     (tmp_path/"folder"/"ignored.png").write_bytes(b"\x89PNG")
     for name in ("a.txt", "crlf.txt", "a.parquet", "a.jsonl", "folder"):
         got = list(documents(str(tmp_path/name)))
@@ -151,11 +158,14 @@ def test_memory_does_not_grow_with_the_corpus(model, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("empty.txt", b"", "is empty"), ("blank.jsonl", b"\n\n", "is empty"), ("latin.txt", "caf\u00e9".encode("latin-1"), "not UTF-8"),
-    ("latin.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"), ("broken.jsonl", b'{"text": "a"}\n{"text"', "Line 2 of .* is not JSON"),
-    ("other.jsonl", b'{"body": "a"}', "Line 1 of .* has no field 'text'.*body"), ("list.jsonl", b"[1]", "has no field 'text'"),
-    ("null.jsonl", b'{"text": null}', "has no field 'text'"), ("fake.parquet", b"not parquet at all", "not a parquet file"),
-    ("table.csv", b"text\na", "is no .txt, .jsonl, .parquet file"), ("short.txt", b"two words", "fewer than one row of 256")])
+    ("empty.txt", b"", "is empty"), ("blank.jsonl", b"\n\n", "is empty"), ("latin.txt", b"caf\xe9", "not UTF-8"),
+    ("latin.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text"', "Line 2 of .* is not JSON"),
+    ("other.jsonl", b'{"body": "a"}', "Line 1 of .* has no field 'text'.*body"),
+    ("list.jsonl", b"[1]", "has no field 'text'"), ("null.jsonl", b'{"text": null}', "has no field 'text'"),
+    ("fake.parquet", b"not parquet at all", "not a parquet file"),
+    ("table.csv", b"text\na", "is no .txt, .jsonl, .parquet file"),
+    ("short.txt", b"two words", "fewer than one row of 256")])
 def test_bad_files(model, tmp_path, name, content, says):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(SparseCodingError, match=says) as e: load_rows(str(tmp_path/name), model, heldout=0)
@@ -164,13 +174,15 @@ def test_bad_files(model, tmp_path, name, content, says):
 
 def test_parquet_without_text(model, tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path/"a.parquet")
-    with pytest.raises(SparseCodingError, match="has no field 'text'.*body"): load_rows(str(tmp_path/"a.parquet"), model)
+    with pytest.raises(SparseCodingError, match="has no field 'text'.*body"):
+        load_rows(str(tmp_path/"a.parquet"), model)
 
 
 def test_bad_requests(model, mixed):
     path, _ = mixed
-    for says, kw in [("Unknown split", dict(split="test")), ("longer than the context", dict(row_len=513)), ("no share", dict(heldout=1.)),
-                     ("less than one row", dict(n_tokens=10)), ("heldout part .* fewer than one row", dict(split="heldout", row_len=512))]:
+    for says, kw in [("Unknown split", dict(split="test")), ("longer than the context", dict(row_len=513)),
+                     ("no share", dict(heldout=1.)), ("less than one row", dict(n_tokens=10)),
+                     ("heldout part .* fewer than one row", dict(split="heldout", row_len=512))]:
         with pytest.raises(SparseCodingError, match=says): load_rows(path, model, **kw)
     with pytest.raises(SparseCodingError, match="does not exist"): load_rows("./nothing.jsonl", model)
     with pytest.raises(SparseCodingError, match="with n_tokens"): load_rows("somebody/some-data", model)
@@ -178,7 +190,8 @@ def test_bad_requests(model, mixed):
 
 def test_hub_name_without_a_hub(model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SparseCodingError, match='use "embedded" or the path'): load_rows("somebody/some-data", model, n_tokens=1000)
+    with pytest.raises(SparseCodingError, match='use "embedded" or the path'):
+        load_rows("somebody/some-data", model, n_tokens=1000)
 
 
 def test_hub_data_are_streamed_no_further_than_asked(model, monkeypatch):

@@ -45,9 +45,11 @@ def oracle(folder, tokens):
     kind = hf.config.model_type
     seen = {}
     for l in range(LAYERS):
-        block = {"gpt2": lambda: hf.transformer.h[l], "gpt_neox": lambda: hf.gpt_neox.layers[l], "llama": lambda: hf.model.layers[l]}[kind]()
-        attn = {"gpt2": lambda: block.attn, "gpt_neox": lambda: block.attention, "llama": lambda: block.self_attn}[kind]()
-        out_proj = {"gpt2": "c_proj", "gpt_neox": "dense", "llama": "o_proj"}[kind]
+        path, attn_name, out_proj = {
+            "gpt2": ("transformer.h", "attn", "c_proj"), "gpt_neox": ("gpt_neox.layers", "attention", "dense"),
+            "llama": ("model.layers", "self_attn", "o_proj")}[kind]
+        block = hf.get_submodule(f"{path}.{l}")
+        attn = getattr(block, attn_name)
         # attention and MLP outputs are read off the whole submodules, not off their last matrix
         attn.register_forward_hook(lambda m, i, o, l=l: seen.update({("attn_out", l): o[0]}))
         block.mlp.register_forward_hook(lambda m, i, o, l=l: seen.update({("mlp_out", l): o}))
@@ -57,7 +59,8 @@ def oracle(folder, tokens):
                 {("mlp_post", l): torch.nn.functional.silu(m.gate_proj(i[0])) * m.up_proj(i[0])}))
         else:
             block.mlp.act.register_forward_hook(lambda m, i, o, l=l: seen.update({("mlp_post", l): o}))
-        block.register_forward_hook(lambda m, i, o, l=l: seen.update({("resid_post", l): o[0] if isinstance(o, tuple) else o}))
+        block.register_forward_hook(
+            lambda m, i, o, l=l: seen.update({("resid_post", l): o[0] if isinstance(o, tuple) else o}))
     with torch.no_grad(): logits = hf(tokens, use_cache=False).logits
     return seen, logits
 
@@ -69,7 +72,7 @@ def test_every_site_of_every_layer(model, folders, arch, tokens):
     assert list(acts) == sites
     for s in sites:
         assert_close(acts[s], seen[s.kind, s.layer], rtol=1e-5, atol=1e-5)
-        assert acts[s].shape[-1] == model.d_in(s)
+        assert acts[s].shape[-1] == model.d_in(s) and not acts[s].is_inference()  # so that a dictionary can train on it
     assert_close(model.logits(tokens), logits)
 
 
@@ -101,7 +104,8 @@ def test_run_from_a_changed_stream(model, tokens):
     torch.manual_seed(2)
     x = model.run_to(tokens, Site(2))[Site(2)]
     new = x + torch.randn_like(x)
-    by_hook = model.blocks[2].register_forward_hook(lambda m, i, o: (new, *o[1:]) if isinstance(o, tuple) else new)
+    replace = lambda m, i, o: (new, *o[1:]) if isinstance(o, tuple) else new
+    by_hook = model.blocks[2].register_forward_hook(replace)
     with torch.no_grad(): full = model.hf(tokens, use_cache=False).logits
     by_hook.remove()
     assert (full - model.logits(tokens)).abs().max() > .1
@@ -118,12 +122,13 @@ def test_run_from_skips_the_blocks_below(model, tokens):
 
 def test_gradient_by_finite_differences(model, tokens):
     x = model.run_to(tokens[:1], Site(3))[Site(3)].double()
-    hf = LanguageModel(AutoModelForCausalLM.from_pretrained(model.source, dtype=torch.float64), model.tokenizer, "double")
+    hf = AutoModelForCausalLM.from_pretrained(model.source, dtype=torch.float64)
+    double = LanguageModel(hf, model.tokenizer, "double")
     x.requires_grad_()
-    hf.run_from(3, x)[0, -1, 7].backward()
+    double.run_from(3, x)[0, -1, 7].backward()
     torch.manual_seed(3)
     step = 1e-3*torch.randn_like(x)  # RMSNorm works in float32 whatever it is given, so no smaller
-    with torch.no_grad(): change = hf.run_from(3, x + step)[0, -1, 7] - hf.run_from(3, x - step)[0, -1, 7]
+    with torch.no_grad(): change = double.run_from(3, x + step)[0, -1, 7] - double.run_from(3, x - step)[0, -1, 7]
     assert_close(change, 2*(x.grad*step).sum(), rtol=1e-2, atol=1e-9)
 
 
@@ -131,7 +136,7 @@ def test_gradient_by_finite_differences(model, tokens):
 def test_splice_touches_only_what_is_kept(model, tokens, kind):
     site, keep = Site(2, kind), torch.zeros(3, 20, dtype=torch.bool)
     keep[1, 10:] = True
-    wild = lambda x: torch.where(keep[..., None], 3*x.flip(-1), float("nan"))  # what it says about the other tokens must not matter
+    wild = lambda x: torch.where(keep[..., None], 3*x.flip(-1), float("nan"))  # what it says elsewhere must not matter
     clean, out = model.logits(tokens), model.splice(tokens, site, wild, keep)
     assert_close(out[[0, 2]], clean[[0, 2]])          # other rows pass unchanged
     assert_close(out[1, :10], clean[1, :10])          # and so does what comes before
@@ -156,11 +161,13 @@ def test_bridge_agrees_and_leaves_the_model_alone(model, tokens):
     bridge = model.bridge()
     logits, cache = bridge.run_with_cache(tokens)
     sites = [Site(l, k) for l in range(LAYERS) for k in SITE_KINDS]
-    for s, x in model.run_to(tokens, sites).items(): assert_close(cache[s.hook_name].flatten(2), x, rtol=1e-4, atol=1e-4)
+    for s, x in model.run_to(tokens, sites).items():
+        assert_close(cache[s.hook_name].flatten(2), x, rtol=1e-4, atol=1e-4)
     assert_close(logits, before, rtol=1e-4, atol=1e-4)
     assert model.hf.config._attn_implementation == "sdpa"
     assert all(getattr(m, "config", model.hf.config)._attn_implementation == "sdpa" for m in model.hf.modules())
-    assert model.hf.get_input_embeddings().weight.data_ptr() in {w.data_ptr() for w in bridge.parameters()}  # shared, not copied
+    shared = {w.data_ptr() for w in bridge.parameters()}
+    assert model.hf.get_input_embeddings().weight.data_ptr() in shared
     assert torch.equal(model.logits(tokens), before)
 
 
@@ -197,8 +204,9 @@ def test_bridge_over_a_folded_model(folders, arch):
 def test_folding_without_attention_biases(tmp_path):
     from transformers import GPTNeoXConfig
     torch.manual_seed(5)
-    hf = AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                                        intermediate_size=32, attention_bias=False)).eval().requires_grad_(False)
+    config = GPTNeoXConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=32, attention_bias=False)
+    hf = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, w in hf.named_parameters():
         if w.ndim == 1: w += .3*torch.randn_like(w)
     tokens = torch.arange(12)[None]
@@ -227,13 +235,26 @@ def test_tokens(loaded):
 
 def test_bad_input(loaded, tmp_path):
     model = loaded["gpt2"]
-    with pytest.raises(SparseCodingError, match="Layer 6 is out of range"): model.run_to(torch.zeros(1, 3, dtype=int), Site(6))
+    some = torch.zeros(1, 3, dtype=int)
+    with pytest.raises(SparseCodingError, match="Layer 6 is out of range"): model.run_to(some, Site(6))
     with pytest.raises(SparseCodingError, match="Layer 9 is out of range"): model.run_from(9, torch.zeros(1, 3, 32))
     with pytest.raises(SparseCodingError, match="longer than the context"): model.logits(torch.zeros(1, 513, dtype=int))
     with pytest.raises(SparseCodingError, match=r"\[batch, seq\]"): model.logits(torch.zeros(3, dtype=int))
     with pytest.raises(SparseCodingError, match="no model at"): load_model(tmp_path/"nothing")
     (tmp_path/"empty").mkdir()
     with pytest.raises(SparseCodingError, match="No language model could be read"): load_model(tmp_path/"empty")
+
+
+def test_without_a_hub_nothing_is_asked_of_it(monkeypatch):
+    "When the first question goes unanswered, no other is put: only earlier downloads are looked at."
+    import sparse_coding.models as models
+    asked = []
+    def silent(*args, **kwargs): raise OSError("no route to host")
+    def from_pretrained(name, **kwargs): asked.append(kwargs.get("local_files_only")); raise OSError("not here")
+    monkeypatch.setattr(models, "get_session", silent)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(SparseCodingError, match="nothing was downloaded before"): load_model("nobody/no-such-model")
+    assert asked == [True]
 
 
 def test_a_hub_name_without_a_hub(monkeypatch):

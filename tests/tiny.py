@@ -5,12 +5,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast)
 
-TEXT = """When Mary and John went to the store, John gave a drink to Mary. It's a small store, and it doesn't sell much: bread,
-milk, apples, and the newspaper of the day before. The keeper of the store counts the apples every morning and every evening.
+TEXT = """When Mary and John went to the store, John gave a drink to Mary. It's a small store, and it doesn't sell much:
+bread, milk, apples, and the newspaper of the day before. The keeper of the store counts the apples every morning and
+every evening.
 def count(apples, eaten=0):
     return len(apples) - eaten
-The river runs from the mountains to the sea, and the people of the valley have always lived by the river. In the year 1901 the
-river rose higher than anyone remembered. They said: "We'll build the bridge again, and it will be of stone."
+The river runs from the mountains to the sea, and the people of the valley have always lived by the river. In the year
+1901 the river rose higher than anyone remembered. They said: "We'll build the bridge again, and it will be of stone."
 for year in range(1901, 1911):
     print(year, "the bridge is standing")
 """
@@ -21,8 +22,8 @@ def tiny_tokenizer(vocab_size=384):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet,
-                                                        show_progress=False))
+    tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"],
+                                                        initial_alphabet=alphabet, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
@@ -39,7 +40,7 @@ def tiny_config(arch, vocab_size, n_layers=6, d_model=32, context=512):
 
 
 def tiny_model(folder, arch="gpt_neox", seed=0, **changes):
-    "Save a tiny random model and its tokenizer in `folder`; norms and biases are not the trivial ones. Returns the folder."
+    "Save a tiny random model, its norms and biases not the trivial ones, and its tokenizer in `folder`; return that."
     folder, tokenizer = Path(folder), tiny_tokenizer()
     torch.manual_seed(seed)
     hf = AutoModelForCausalLM.from_config(tiny_config(arch, len(tokenizer), **changes))
