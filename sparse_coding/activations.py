@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BYTES', 'relative_error', 'harvest', 'ActivationStore', 'estimate_harvest', 'load_store', 'plan_epoch', 'batches']
 
-# %% ../nbs/04_activations.ipynb #f9a50e51
+# %% ../nbs/04_activations.ipynb #bab884ab
 import errno
 import os
 import shutil
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/04_activations.ipynb #54211d96
+# %% ../nbs/04_activations.ipynb #cac6e43d
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/04_activations.ipynb #0e031f00
+# %% ../nbs/04_activations.ipynb #af17f8f7
 from .core import (Site, SparseCodingError, cache_dir, fast_matmul, load_or_compute, read_json, sha256,
                                 write_json)
 from .corpora import Rows, load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/04_activations.ipynb #394fb559
+# %% ../nbs/04_activations.ipynb #4eb8bc4d
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 def _as_sites(sites):
@@ -46,7 +46,7 @@ def _batch_tokens(model):
     "Tokens per forward pass: small enough for a CPU's cache, large enough to keep a GPU busy."
     return 1024 if model.device.type == "cpu" else 16_384
 
-# %% ../nbs/04_activations.ipynb #d3d177e1
+# %% ../nbs/04_activations.ipynb #ddbbe953
 def _plan(model, rows, sites, dtype="float16", compute="float32", batch_tokens=None, shard_bytes=2**25):
     "Everything that decides a store's numbers, as JSON."
     for name, value, known in (("dtype", dtype, BYTES), ("compute", compute, ("float32", "bfloat16"))):
@@ -57,7 +57,7 @@ def _plan(model, rows, sites, dtype="float16", compute="float32", batch_tokens=N
     return dict(format=1, model=model.fingerprint, rows=rows.fingerprint, n_rows=len(rows), row_len=rows.row_len, sites=widths,
                 dtype=dtype, compute=compute, batch_rows=batch_rows, shard_rows=batch_rows*max(1, shard_bytes//batch_bytes))
 
-# %% ../nbs/04_activations.ipynb #fb25233a
+# %% ../nbs/04_activations.ipynb #e324dc19
 def _norms(
     x:Float[Tensor, "batch seq d"], # activations
     site, # where they are from
@@ -72,7 +72,7 @@ def _norms(
                                 "from it. Check the model's weights and number format, or leave that row out.")
     return norms
 
-# %% ../nbs/04_activations.ipynb #bc98452c
+# %% ../nbs/04_activations.ipynb #a14a686e
 @contextmanager
 def _precision(model, compute):
     "Compute in float32 by the fastest accurate product, or let products run in bfloat16."
@@ -86,7 +86,7 @@ def _run_batch(model, tokens, sites, first, compute):
         norms = {s: _norms(x, s, first) for s, x in found.items()}
         return {s: (x.flatten(0, 1).cpu(), norms[s].flatten().cpu()) for s, x in found.items()}
 
-# %% ../nbs/04_activations.ipynb #f466ba01
+# %% ../nbs/04_activations.ipynb #97dbac0e
 def _stored(x, norms, dtype, site, name):
     "Activations in the format they are stored in: `dtype`, or float32 (with a warning) where float16 could overflow."
     if dtype == "float16" and norms.max() > torch.finfo(torch.float16).max and x.half().isinf().any():
@@ -94,7 +94,7 @@ def _stored(x, norms, dtype, site, name):
         return x
     return x.to(getattr(torch, dtype))
 
-# %% ../nbs/04_activations.ipynb #f2a98811
+# %% ../nbs/04_activations.ipynb #aa9cfb41
 @contextmanager
 def _full_disk(folder):
     "Turn a full disk, however it is reported, into one clear error."
@@ -105,7 +105,7 @@ def _full_disk(folder):
         raise SparseCodingError(f"The disk that holds {folder} is full: free some space and run this again. The finished shards are "
                                 "kept, and the harvest goes on after them.") from e
 
-# %% ../nbs/04_activations.ipynb #3e470beb
+# %% ../nbs/04_activations.ipynb #042d1430
 def _write_shard(folder, meta, name, found):
     "Write one shard, then list it in meta.json with its size and checksum."
     tensors = {}
@@ -121,7 +121,7 @@ def _write_shard(folder, meta, name, found):
             write_json(folder/"meta.json", meta)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/04_activations.ipynb #1502b57f
+# %% ../nbs/04_activations.ipynb #e9c8f104
 def _fault(folder, name, entry, checksum=True):
     "What is wrong with a listed file, or None."
     path = folder/name
@@ -135,7 +135,7 @@ def _read_meta(folder):
     except (OSError, ValueError) as e:
         raise SparseCodingError(f"{folder} is no activation store (meta.json: {e}): harvest into it, or name another folder.") from e
 
-# %% ../nbs/04_activations.ipynb #cce91d39
+# %% ../nbs/04_activations.ipynb #fe6ecc4a
 def _resume(folder, plan):
     "The meta data to go on with: from scratch, or without the files that turn out to be damaged."
     if not (folder/"meta.json").exists(): return {**plan, "files": {}}
@@ -150,7 +150,7 @@ def _resume(folder, plan):
             del meta["files"][name]
     return meta
 
-# %% ../nbs/04_activations.ipynb #c3f544a1
+# %% ../nbs/04_activations.ipynb #5d8ab077
 def _write_tokens(folder, meta, rows):
     "Copy the rows' token ids into the store."
     part = folder/"tokens.npy.tmp"
@@ -165,7 +165,7 @@ def _shards(meta):
     n, k = meta["n_rows"], meta["shard_rows"]
     return {f"shard-{i:05d}.safetensors": (a, min(a + k, n)) for i, a in enumerate(range(0, n, k))}
 
-# %% ../nbs/04_activations.ipynb #63ff8ae7
+# %% ../nbs/04_activations.ipynb #32d29ee7
 def relative_error(
     x:Float[Tensor, "n d"], # approximate vectors
     y:Float[Tensor, "n d"], # exact ones
@@ -180,7 +180,7 @@ def _compute_error(model, rows, sites, n_rows, compute):
     x, y = (_run_batch(model, tokens, sites, 0, how) for how in (compute, "float32"))
     return {str(s): relative_error(x[s][0][inner], y[s][0][inner]) for s in sites}
 
-# %% ../nbs/04_activations.ipynb #ab5dfd78
+# %% ../nbs/04_activations.ipynb #736f7d30
 def _run_shard(model, rows, meta, sites, a, b, bar):
     "Activations and norms of rows [a, b), batch by batch."
     parts = {s: [] for s in sites}
@@ -194,7 +194,7 @@ def _run_shard(model, rows, meta, sites, a, b, bar):
         bar.update(tokens.size)
     return {s: tuple(torch.cat(t) for t in zip(*found)) for s, found in parts.items()}
 
-# %% ../nbs/04_activations.ipynb #075a03d8
+# %% ../nbs/04_activations.ipynb #198a17c2
 def harvest(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -216,13 +216,13 @@ def harvest(
     write_json(folder/"meta.json", meta)
     return ActivationStore(folder)
 
-# %% ../nbs/04_activations.ipynb #968b5fc1
+# %% ../nbs/04_activations.ipynb #c7ef5747
 def _fill(model, rows, meta, sites, folder):
     "Compute the shards that are missing; a second thread writes each while the next is computed."
     todo = {name: ab for name, ab in _shards(meta).items() if name not in meta["files"]}
     left = sum(b - a for a, b in todo.values())
     if not todo: return
-    bar = tqdm(total=meta["n_rows"]*rows.row_len, initial=(meta["n_rows"] - left)*rows.row_len, unit="tok", unit_scale=True, leave=False,
+    bar = tqdm(total=meta["n_rows"]*rows.row_len, initial=(meta["n_rows"] - left)*rows.row_len, unit="tok", unit_scale=True, leave=False, delay=1,
                desc=f"harvest {', '.join(map(str, sites))}")
     with bar, ThreadPoolExecutor(1) as writer:
         waiting = None
@@ -232,7 +232,7 @@ def _fill(model, rows, meta, sites, folder):
             waiting = writer.submit(_write_shard, folder, meta, name, found)
         waiting.result()
 
-# %% ../nbs/04_activations.ipynb #1aba65af
+# %% ../nbs/04_activations.ipynb #2e726f3e
 class ActivationStore:
     "Activations of some sites over some rows, in a folder, with the rule for which of them count."
     def __init__(self, folder:Path, # as written by `harvest`
@@ -248,7 +248,7 @@ class ActivationStore:
     def __repr__(self):
         return f"{self.n:,} activations of {self.meta['model_name']} at {', '.join(map(str, self.sites))}, rows of {self.row_len}"
 
-# %% ../nbs/04_activations.ipynb #cf70e6aa
+# %% ../nbs/04_activations.ipynb #13ae9eab
 @patch
 def verify(self:ActivationStore,
     checksums:bool=True, # read every byte; otherwise compare sizes only
@@ -260,7 +260,7 @@ def verify(self:ActivationStore,
         if fault: raise SparseCodingError(f"{self.folder/name} {fault}: harvest into this folder again, and only what is missing will be done.")
     return self
 
-# %% ../nbs/04_activations.ipynb #855dd7ed
+# %% ../nbs/04_activations.ipynb #8ffeab50
 @patch
 def d_in(self:ActivationStore,
     site:Site, # one of the store's
@@ -278,7 +278,7 @@ def check(self:ActivationStore,
     raise SparseCodingError(f"The store {self.folder} was made with {self.meta['model_name']} ({self.meta['model']}), not with {model.name} "
                             f"({model.fingerprint}): load that model, or harvest again with this one.")
 
-# %% ../nbs/04_activations.ipynb #2950f717
+# %% ../nbs/04_activations.ipynb #a8360ddb
 @patch
 def _read(self:ActivationStore, key, a, b):
     "Pieces of one stored tensor that make up [a, b), as they are stored."
@@ -306,7 +306,7 @@ def norms(self:ActivationStore,
     self.d_in(site)
     return torch.cat([torch.empty(0), *self._read(f"{site}.norm", a, self.n if b is None else b)])
 
-# %% ../nbs/04_activations.ipynb #981bf620
+# %% ../nbs/04_activations.ipynb #4f6b0f5b
 @patch
 def threshold(self:ActivationStore,
     site:Site, # one of the store's
@@ -320,7 +320,7 @@ def threshold(self:ActivationStore,
         self._thresholds[site, first] = self.max_norm*float(np.median(norms.flatten()[:first].numpy()))
     return self._thresholds[site, first]
 
-# %% ../nbs/04_activations.ipynb #74e51d28
+# %% ../nbs/04_activations.ipynb #286daa39
 @patch
 def keep(self:ActivationStore,
     site:Site, # one of the store's
@@ -337,7 +337,7 @@ def _chunks(self:ActivationStore, size=2**20):
     "Ranges that cover the store."
     return ((a, min(a + size, self.n)) for a in range(0, self.n, size))
 
-# %% ../nbs/04_activations.ipynb #cbc1d3d9
+# %% ../nbs/04_activations.ipynb #05f4e420
 def _drop_counts(store, site):
     "For every token id: occurrences off position 0, and how many of them are too long; then what position 0 loses."
     seen, long, first = np.zeros(0, int), np.zeros(0, int), 0
@@ -351,7 +351,7 @@ def _drop_counts(store, site):
         first += int(dropped[:, 0].sum())
     return seen, long, first
 
-# %% ../nbs/04_activations.ipynb #f498e2a6
+# %% ../nbs/04_activations.ipynb #3b67af8f
 @patch
 def dropped(self:ActivationStore,
     site:Site, # one of the store's
@@ -378,7 +378,7 @@ def mean_square(self:ActivationStore,
     if n == 0: raise SparseCodingError(f"No activation at {site} is kept: drop_first and max_norm leave nothing.")
     return total/n
 
-# %% ../nbs/04_activations.ipynb #e1895a50
+# %% ../nbs/04_activations.ipynb #a5c44fe4
 def estimate_harvest(
     model:LanguageModel, # that will run
     n_tokens:int, # to be harvested
@@ -397,7 +397,7 @@ def estimate_harvest(
     size = n_tokens*sum(BYTES[dtype]*model.d_in(s) + 4 for s in sites) + 4*n_tokens
     return {"seconds": n_tokens/rate, "bytes": size, "tokens_per_second": rate, "free": shutil.disk_usage(cache_dir()).free}
 
-# %% ../nbs/04_activations.ipynb #c244027e
+# %% ../nbs/04_activations.ipynb #c9346296
 def load_store(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -414,7 +414,7 @@ def load_store(
     except SparseCodingError: make(folder)
     return ActivationStore(folder, drop_first=drop_first, max_norm=max_norm)
 
-# %% ../nbs/04_activations.ipynb #9e06988a
+# %% ../nbs/04_activations.ipynb #487cd3c1
 def plan_epoch(
     counts, # kept activations of each block
     per_group:int, # blocks held in memory together
@@ -426,7 +426,7 @@ def plan_epoch(
     ends = np.cumsum([counts[g].sum() for g in groups])
     return [(g, int(e - counts[g].sum()), int(e)) for g, e in zip(groups, ends)]
 
-# %% ../nbs/04_activations.ipynb #29ce1560
+# %% ../nbs/04_activations.ipynb #2d61dab2
 def _read_group(store, site, blocks, block, n):
     "The kept activations of some blocks, in the order of the disk."
     exact = any(e["dtype"][str(site)] != "float16" for e in (store.meta["files"][s] for s in store.shards))
@@ -438,7 +438,7 @@ def _read_group(store, site, blocks, block, n):
         at += len(kept)
     return x
 
-# %% ../nbs/04_activations.ipynb #603f77df
+# %% ../nbs/04_activations.ipynb #09ba49f2
 def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group):
     "The batches of one epoch from number `first` on."
     place, parts = first*batch_size, []
@@ -456,7 +456,7 @@ def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group
                 parts = []
         del x                                                  # one group in memory, not two
 
-# %% ../nbs/04_activations.ipynb #3e2ac061
+# %% ../nbs/04_activations.ipynb #9dd25d2d
 def batches(
     store:ActivationStore, # on disk
     site:Site, # one of its sites
