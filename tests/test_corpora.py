@@ -181,7 +181,7 @@ def test_parquet_without_text(model, tmp_path):
 def test_bad_requests(model, mixed):
     path, _ = mixed
     for says, kw in [("Unknown split", dict(split="test")), ("longer than the context", dict(row_len=513)),
-                     ("no share", dict(heldout=1.)), ("less than one row", dict(n_tokens=10)),
+                     ("no share", dict(heldout=1.)), ("less than a row", dict(n_tokens=10)),
                      ("heldout part .* fewer than one row", dict(split="heldout", row_len=512))]:
         with pytest.raises(SparseCodingError, match=says): load_rows(path, model, **kw)
     with pytest.raises(SparseCodingError, match="does not exist"): load_rows("./nothing.jsonl", model)
