@@ -6,7 +6,7 @@
 __all__ = ['strongest', 'distinct_tokens', 'fig1', 'readable', 'mean_by_token', 'neuron_basis', 'outliers', 'by_range',
            'train_superposition', 'represented', 'interference', 'judge_superposition', 'ToyFeatures', 'mmcs_null']
 
-# %% ../nbs/06_toy.ipynb #b2b961d9
+# %% ../nbs/06_toy.ipynb #481ee21f
 from collections import Counter
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .core import SparseCodingError, rule
 from .dictionaries import Dictionary, TiedSAE, unit_rows
 from .plots import COLORS, shades
 
-# %% ../nbs/06_toy.ipynb #2d7bc0a4
+# %% ../nbs/06_toy.ipynb #3a437fef
 def strongest(
     dictionary:Dictionary, # whose features
     x:Float[Tensor, "n d_in"], # activations
@@ -44,7 +44,7 @@ def distinct_tokens(
     tokens = ids[found].sort(0).values
     return 1 + (tokens[1:] != tokens[:-1]).sum(0)
 
-# %% ../nbs/06_toy.ipynb #f1b6c353
+# %% ../nbs/06_toy.ipynb #1977c15b
 def fig1(
     x:Float[Tensor, "s d_in"], # activations of a few tokens in a row
     tokens:list[str], # their text
@@ -55,11 +55,12 @@ def fig1(
     "The method of the paper: sample activations, train a dictionary, interpret a feature (Fig 1)."
     c = dictionary.encode(x)
     active = torch.cat([torch.tensor([feature]), c.amax(0).argsort(descending=True)[:30]]).unique()
-    fig, axes = plt.subplots(1, 3, figsize=(7, 2.7), width_ratios=[1.3, 1.2, 1])
+    fig, axes = plt.subplots(1, 3, figsize=(7, 3), width_ratios=[1.3, 1.2, 1])
     some = f"{min(48, len(x.T))} of {len(x.T)} coordinates"
     _heat(axes[0], x[:, :48], "RdBu_r", tokens, "a) sample activations $x$", some)
     _heat(axes[1], c[:, active], "Blues", [], "b) train a dictionary", f"codes c: {len(active)} of {len(c.T)} features")
-    axes[1].plot(active.tolist().index(feature), -.9, "v", color=COLORS["target"], clip_on=False)
+    axes[1].plot(active.tolist().index(feature), 1.03, "v", color=COLORS["target"], clip_on=False,
+                 transform=axes[1].get_xaxis_transform())
     axes[2].barh([t for t, _ in top][::-1], [v for _, v in top][::-1], color=COLORS["target"])
     axes[2].set(title=f"c) interpret feature {feature}", xlabel="mean activation on this token")
     return fig
@@ -69,9 +70,10 @@ def _heat(ax, values, cmap, labels, title, xlabel):
     high = values.abs().flatten().quantile(.95).item() or 1.
     ax.imshow(values, cmap=cmap, vmin=-high if (values < 0).any() else 0, vmax=high, aspect="auto")
     ax.set(title=title, xlabel=xlabel, xticks=[], yticks=range(len(labels)), yticklabels=labels)
+    ax.tick_params(axis="y", labelsize=7)
     ax.grid(False)
 
-# %% ../nbs/06_toy.ipynb #30461241
+# %% ../nbs/06_toy.ipynb #a1c624ff
 def readable(
     text:str, # a token
 ) -> str: # visible on a page and in a figure
@@ -90,7 +92,7 @@ def mean_by_token(
     best = torch.where(counts >= at_least, means, -1.).argsort(descending=True)[:k]
     return [(tokens[i].item(), means[i].item()) for i in best]
 
-# %% ../nbs/06_toy.ipynb #a3513396
+# %% ../nbs/06_toy.ipynb #6a35c776
 def neuron_basis(
     d_in:int, # width of the activations
 ) -> Dictionary: # one feature per coordinate, firing on its positive side
@@ -107,7 +109,7 @@ def outliers(
     energy = x.pow(2).mean(0)
     return energy > times*energy.median()
 
-# %% ../nbs/06_toy.ipynb #e6c63223
+# %% ../nbs/06_toy.ipynb #298d655e
 def by_range(
     values:Float[Tensor, "n"], # activations of one direction
     parts:int=4, # ranges of equal width between 0 and the maximum
@@ -118,7 +120,7 @@ def by_range(
     inside = lambda lo, hi: order[(values[order] > lo) & (values[order] <= hi)]
     return [(lo, hi, inside(lo, hi)) for lo, hi in zip(edges, edges[1:])][::-1]
 
-# %% ../nbs/06_toy.ipynb #79a6e08b
+# %% ../nbs/06_toy.ipynb #1f2759a2
 def train_superposition(
     density:list[float], # p: probability that a feature is present; one group of models each
     n:int=20, # features
@@ -141,7 +143,7 @@ def train_superposition(
         opt.zero_grad(); (importance*(x - x_hat).pow(2)).sum(-1).mean(1).sum().backward(); opt.step(); schedule.step()
     return W.detach().unflatten(0, (len(density), seeds))
 
-# %% ../nbs/06_toy.ipynb #489bc5eb
+# %% ../nbs/06_toy.ipynb #ab7136a7
 def represented(
     W:Float[Tensor, "*b n m"], # directions of the features
 ) -> Int[Tensor, "*b"]: # at most n
@@ -156,7 +158,7 @@ def interference(
     there = W.norm(dim=-1) > .5
     return (others*there).sum(-1)/there.sum(-1).clamp(min=1)
 
-# %% ../nbs/06_toy.ipynb #8bd6a608
+# %% ../nbs/06_toy.ipynb #a053f1ce
 @rule("P1-superpos")
 def judge_superposition(
     rec:dict, # a record whose `measured` holds lists over seeds: sparse, dense; and m
@@ -166,7 +168,7 @@ def judge_superposition(
     needs, shows = max(dense) <= m, min(sparse) > m
     return "holds" if needs and shows else "partly" if needs or shows else "does not hold"
 
-# %% ../nbs/06_toy.ipynb #3bf527b2
+# %% ../nbs/06_toy.ipynb #62996ccb
 @dataclass
 class ToyFeatures:
     "Sparse sums of known directions."
@@ -189,7 +191,7 @@ class ToyFeatures:
         if self.values not in ("uniform", "product"):
             raise SparseCodingError(f'values must be "uniform" or "product", got "{self.values}".')
 
-# %% ../nbs/06_toy.ipynb #304804b5
+# %% ../nbs/06_toy.ipynb #4fd2564e
 @patch
 def presence(self:ToyFeatures,
     k:int, # samples
@@ -212,7 +214,7 @@ def sample(self:ToyFeatures,
     a = there*(size[0] if self.values == "uniform" else size.prod(0))
     return a @ self.features + self.noise*torch.randn(k, self.d, generator=generator), a
 
-# %% ../nbs/06_toy.ipynb #38245cbc
+# %% ../nbs/06_toy.ipynb #82212d78
 def mmcs_null(
     n:int, # directions to look among
     d:int, # dimensions, at least 2
