@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['interleave_times', 'median_ratio', 'cut_model', 'bare_forward', 'harvest_ways', 'harvest_errors', 'bench_harvest']
 
-# %% ../nbs/80_bench.ipynb #9e88f153
+# %% ../nbs/80_bench.ipynb #a9152f8b
 import copy
 import statistics
 import tempfile
 import time
 from contextlib import nullcontext
 
-# %% ../nbs/80_bench.ipynb #fb21b731
+# %% ../nbs/80_bench.ipynb #ef6090c3
 import torch
 from torch import nn
 
-# %% ../nbs/80_bench.ipynb #32df3348
-from .activations import harvest, relative_error
+# %% ../nbs/80_bench.ipynb #3c928aa7
+from .activations import batch_rows, harvest, relative_error
 from .core import Preset, Site, best_matmul, cache_dir, fast_matmul
 from .corpora import load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/80_bench.ipynb #04f7e42d
+# %% ../nbs/80_bench.ipynb #da71a5dd
 def interleave_times(
     ways:dict, # name -> function without arguments
     rounds:int, # how often each is timed, after one warm-up
@@ -43,7 +43,7 @@ def median_ratio(
     "How many times faster: the median of the rounds' ratios."
     return statistics.median(s/f for s, f in zip(slow, fast, strict=True))
 
-# %% ../nbs/80_bench.ipynb #65c50267
+# %% ../nbs/80_bench.ipynb #d31b5b36
 def cut_model(
     model:LanguageModel, # to be cut
     layer:int, # last block that stays
@@ -54,19 +54,19 @@ def cut_model(
     base._modules = {**base._modules, name: model.blocks[:layer + 1]}
     return base
 
-# %% ../nbs/80_bench.ipynb #cad49327
+# %% ../nbs/80_bench.ipynb #b7db1db8
 def bare_forward(
     base:nn.Module, # from `cut_model`
     tokens, # [n_rows, row_len]
-    batch_rows:int, # rows at a time
+    size:int, # rows at a time
     fast:bool, # with the fastest accurate product, or with torch as it comes
 ):
     "Run the text through a bare model and throw the result away."
     with torch.inference_mode(), fast_matmul(tokens.device) if fast else nullcontext():
-        for batch in tokens.split(batch_rows): out = base(batch, use_cache=False).last_hidden_state
+        for batch in tokens.split(size): out = base(batch, use_cache=False).last_hidden_state
     return out[-1, -1, -1].item()                              # a GPU is only now sure to be done
 
-# %% ../nbs/80_bench.ipynb #6d1d0dc9
+# %% ../nbs/80_bench.ipynb #aca357db
 def harvest_ways(
     model:LanguageModel, # under study
     rows, # text, as `load_rows` gives it
@@ -74,14 +74,14 @@ def harvest_ways(
     folder, # for the stores
 ) -> dict: # name -> function without arguments
     "The four ways of getting at activations that the benchmark compares."
-    base, ours = cut_model(model, site.layer), harvest(model, rows, site, f"{folder}/plan").meta
-    tokens, size = torch.tensor(rows.tokens, device=model.device).long(), ours["batch_rows"]
+    base, size = cut_model(model, site.layer), batch_rows(model, rows.row_len)
+    tokens = torch.tensor(rows.tokens, device=model.device).long()
     def store(compute):
-        with tempfile.TemporaryDirectory(dir=folder) as f: return harvest(model, rows, site, f, compute=compute).meta
+        with tempfile.TemporaryDirectory(dir=folder) as f: harvest(model, rows, site, f, compute=compute, progress=False)
     return {"as shipped": lambda: bare_forward(base, tokens, size, False), "fast product": lambda: bare_forward(base, tokens, size, True),
             "harvest": lambda: store("float32"), "harvest, bfloat16": lambda: store("bfloat16")}
 
-# %% ../nbs/80_bench.ipynb #4ea50667
+# %% ../nbs/80_bench.ipynb #a010d2d2
 def harvest_errors(
     model:LanguageModel, # under study
     rows, # text
@@ -89,15 +89,15 @@ def harvest_errors(
     folder, # for the stores
 ) -> dict: # name -> relative error
     "Error of what a harvest computes, without that of storage, against torch as it comes."
-    n = max(1, 1024//rows.row_len)
+    n = batch_rows(model, rows.row_len)
     with torch.inference_mode(): exact = model.run_to(rows.tokens[:n], site)[site][:, 1:].flatten(0, 1).cpu()
     def error(compute):
         with tempfile.TemporaryDirectory(dir=folder) as f:
-            x = harvest(model, rows, site, f, "float32", compute=compute).read(site, 0, n*rows.row_len)
+            x = harvest(model, rows, site, f, "float32", compute=compute, progress=False).read(site, 0, n*rows.row_len)
         return relative_error(x.view(n, rows.row_len, -1)[:, 1:].flatten(0, 1), exact)
     return {"harvest": error("float32"), "harvest, bfloat16": error("bfloat16")}
 
-# %% ../nbs/80_bench.ipynb #4824b9ef
+# %% ../nbs/80_bench.ipynb #45867561
 def bench_harvest(
     p:Preset, # model, corpus and layer
     layer:int|None=None, # of the residual stream; the preset's if not given
