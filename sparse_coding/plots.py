@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'MODEL_NAMES', 'shades', 'use_style', 'signature', 'stamp', 'figures_dir', 'save_figure']
 
-# %% ../nbs/01_plots.ipynb #214dab32
+# %% ../nbs/01_plots.ipynb #5cba70f4
 import io, os
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from cycler import cycler
 
 from .core import Preset, cache_dir
 
-# %% ../nbs/01_plots.ipynb #ae998ceb
+# %% ../nbs/01_plots.ipynb #afda481b
 COLORS = {"sae": "#0072B2", "pca": "#E69F00", "ica": "#009E73", "random": "#999999", "basis": "#CC79A7",
           "target": "#D55E00", "other": "#56B4E9", "ink": "#222222"}
 
-# %% ../nbs/01_plots.ipynb #822381ea
+# %% ../nbs/01_plots.ipynb #6609fd7e
 def shades(
     n:int, # how many ordered values
 ) -> list: # RGBA colours, dark to light
     "Colours for ordered values."
     return [mpl.colormaps["viridis"](.85*i/max(n - 1, 1)) for i in range(n)]
 
-# %% ../nbs/01_plots.ipynb #1d5ca743
+# %% ../nbs/01_plots.ipynb #2ee1f7c9
 def use_style():
     "The look of all figures: small, quiet, readable at the width of a page."
     plt.rcParams.update({
@@ -37,28 +37,31 @@ def use_style():
         "lines.markersize": 4.5, "axes.prop_cycle": cycler(color=[COLORS[k] for k in
             ("sae", "target", "ica", "pca", "basis", "other", "random")])})
 
-# %% ../nbs/01_plots.ipynb #9e751d0f
+# %% ../nbs/01_plots.ipynb #847cad58
 MODEL_NAMES = {"embedded": "SmolLM2-135M-Instruct"}
 
 def signature(
     p:Preset, # in force
+    model:str=None, # what the figure is about, where it is not the preset's model: "toy"
     **counts, # whatever the figure rests on: site, n, steps
 ) -> str: # one line
     "Preset, model and counts, as printed under a figure."
     short = Path(p.model).name if os.sep in p.model and Path(p.model).exists() else p.model
     number = lambda v: f"{v:,}" if isinstance(v, int) else str(v)
-    return " · ".join([f"preset {p.name}", MODEL_NAMES.get(p.model, short), *(f"{k} {number(v)}" for k,v in counts.items())])
+    model = model or MODEL_NAMES.get(p.model, short)
+    return " · ".join([f"preset {p.name}", model, *(f"{k} {number(v)}" for k,v in counts.items())])
 
 def stamp(
     fig:plt.Figure, # to be signed
     p:Preset, # in force
+    model:str=None, # as in `signature`
     **counts, # as in `signature`
 ) -> plt.Figure: # the same figure
     "Write the figure's provenance under it, small and grey."
-    fig.supxlabel(signature(p, **counts), fontsize=6.5, color="#777777", x=.995, ha="right")
+    fig.supxlabel(signature(p, model, **counts), fontsize=6.5, color="#777777", x=.995, ha="right")
     return fig
 
-# %% ../nbs/01_plots.ipynb #aa6f8ef8
+# %% ../nbs/01_plots.ipynb #ec2b086e
 def figures_dir() -> Path:
     "Where this run's figures go."
     path = Path(os.environ.get("SPARSE_CODING_OUT") or cache_dir()/"out")/"figures"

@@ -6,8 +6,8 @@
 __all__ = ['strongest', 'distinct_tokens', 'fig1', 'readable', 'mean_by_token', 'neuron_basis', 'outliers', 'by_range',
            'train_superposition', 'represented', 'interference', 'judge_superposition', 'ToyFeatures', 'mmcs_null']
 
-# %% ../nbs/06_toy.ipynb #481ee21f
-from collections import Counter
+# %% ../nbs/06_toy.ipynb #c4a17d55
+from contextlib import contextmanager
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +20,7 @@ from .core import SparseCodingError, rule
 from .dictionaries import Dictionary, TiedSAE, unit_rows
 from .plots import COLORS, shades
 
-# %% ../nbs/06_toy.ipynb #3a437fef
+# %% ../nbs/06_toy.ipynb #ceae9059
 def strongest(
     dictionary:Dictionary, # whose features
     x:Float[Tensor, "n d_in"], # activations
@@ -44,7 +44,7 @@ def distinct_tokens(
     tokens = ids[found].sort(0).values
     return 1 + (tokens[1:] != tokens[:-1]).sum(0)
 
-# %% ../nbs/06_toy.ipynb #1977c15b
+# %% ../nbs/06_toy.ipynb #aef42a91
 def fig1(
     x:Float[Tensor, "s d_in"], # activations of a few tokens in a row
     tokens:list[str], # their text
@@ -73,7 +73,7 @@ def _heat(ax, values, cmap, labels, title, xlabel):
     ax.tick_params(axis="y", labelsize=7)
     ax.grid(False)
 
-# %% ../nbs/06_toy.ipynb #a1c624ff
+# %% ../nbs/06_toy.ipynb #98efdfb5
 def readable(
     text:str, # a token
 ) -> str: # visible on a page and in a figure
@@ -92,7 +92,7 @@ def mean_by_token(
     best = torch.where(counts >= at_least, means, -1.).argsort(descending=True)[:k]
     return [(tokens[i].item(), means[i].item()) for i in best]
 
-# %% ../nbs/06_toy.ipynb #6a35c776
+# %% ../nbs/06_toy.ipynb #922731ac
 def neuron_basis(
     d_in:int, # width of the activations
 ) -> Dictionary: # one feature per coordinate, firing on its positive side
@@ -109,7 +109,7 @@ def outliers(
     energy = x.pow(2).mean(0)
     return energy > times*energy.median()
 
-# %% ../nbs/06_toy.ipynb #298d655e
+# %% ../nbs/06_toy.ipynb #01298a85
 def by_range(
     values:Float[Tensor, "n"], # activations of one direction
     parts:int=4, # ranges of equal width between 0 and the maximum
@@ -120,7 +120,16 @@ def by_range(
     inside = lambda lo, hi: order[(values[order] > lo) & (values[order] <= hi)]
     return [(lo, hi, inside(lo, hi)) for lo, hi in zip(edges, edges[1:])][::-1]
 
-# %% ../nbs/06_toy.ipynb #1f2759a2
+# %% ../nbs/06_toy.ipynb #3e7de069
+@contextmanager
+def _one_thread():
+    "Small tensors are faster on one thread: two would mostly wait for each other."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+@_one_thread()
 def train_superposition(
     density:list[float], # p: probability that a feature is present; one group of models each
     n:int=20, # features
@@ -131,19 +140,19 @@ def train_superposition(
     seed:int=0, # of weights and data
 ) -> Float[Tensor, "density seeds n m"]: # W: row i is the direction given to feature i
     "Toy models of superposition, all trained together: x_hat = ReLU(W W^T x + b)."
-    g, p = torch.Generator().manual_seed(seed), torch.tensor(density).repeat_interleave(seeds)[:, None, None]
-    W = torch.nn.init.xavier_normal_(torch.empty(len(p), n, m), generator=g).requires_grad_()
-    b, importance = torch.zeros(len(p), 1, n, requires_grad=True), decay**torch.arange(n)
+    g, p = torch.Generator().manual_seed(seed), torch.tensor(density)[:, None, None, None]
+    W = (torch.randn(len(p), seeds, n, m, generator=g)*(2/(n + m))**.5).requires_grad_()
+    b, importance = torch.zeros(len(p), seeds, 1, n, requires_grad=True), decay**torch.arange(n)
     opt = torch.optim.Adam([W, b], lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(opt, 1., .01, steps)
     for _ in range(steps):
-        size, present = torch.rand(2, len(p), 256, n, generator=g)
+        size, present = torch.rand(2, seeds, 256, n, generator=g)      # one draw serves all densities
         x = size*(present < p)
         x_hat = torch.relu(x @ W @ W.mT + b)
-        opt.zero_grad(); (importance*(x - x_hat).pow(2)).sum(-1).mean(1).sum().backward(); opt.step(); schedule.step()
-    return W.detach().unflatten(0, (len(density), seeds))
+        opt.zero_grad(); (importance*(x - x_hat).pow(2)).sum().div(256).backward(); opt.step(); schedule.step()
+    return W.detach()
 
-# %% ../nbs/06_toy.ipynb #ab7136a7
+# %% ../nbs/06_toy.ipynb #d068c2a3
 def represented(
     W:Float[Tensor, "*b n m"], # directions of the features
 ) -> Int[Tensor, "*b"]: # at most n
@@ -158,7 +167,7 @@ def interference(
     there = W.norm(dim=-1) > .5
     return (others*there).sum(-1)/there.sum(-1).clamp(min=1)
 
-# %% ../nbs/06_toy.ipynb #a053f1ce
+# %% ../nbs/06_toy.ipynb #b65707a0
 @rule("P1-superpos")
 def judge_superposition(
     rec:dict, # a record whose `measured` holds lists over seeds: sparse, dense; and m
@@ -168,7 +177,7 @@ def judge_superposition(
     needs, shows = max(dense) <= m, min(sparse) > m
     return "holds" if needs and shows else "partly" if needs or shows else "does not hold"
 
-# %% ../nbs/06_toy.ipynb #62996ccb
+# %% ../nbs/06_toy.ipynb #208ae01c
 @dataclass
 class ToyFeatures:
     "Sparse sums of known directions."
@@ -191,7 +200,7 @@ class ToyFeatures:
         if self.values not in ("uniform", "product"):
             raise SparseCodingError(f'values must be "uniform" or "product", got "{self.values}".')
 
-# %% ../nbs/06_toy.ipynb #4fd2564e
+# %% ../nbs/06_toy.ipynb #f86f38eb
 @patch
 def presence(self:ToyFeatures,
     k:int, # samples
@@ -214,7 +223,7 @@ def sample(self:ToyFeatures,
     a = there*(size[0] if self.values == "uniform" else size.prod(0))
     return a @ self.features + self.noise*torch.randn(k, self.d, generator=generator), a
 
-# %% ../nbs/06_toy.ipynb #82212d78
+# %% ../nbs/06_toy.ipynb #15bbc099
 def mmcs_null(
     n:int, # directions to look among
     d:int, # dimensions, at least 2
