@@ -7,7 +7,7 @@ __all__ = ['TENSORS', 'unit_rows', 'Dictionary', 'TiedSAE', 'UntiedSAE', 'TopKSA
            'total_variance', 'fvu', 'explained_variance', 'cossim', 'feature_density', 'frac_alive', 'evaluate',
            'directions', 'max_cosines', 'mmcs', 'matched_cosines']
 
-# %% ../nbs/05_dictionaries.ipynb #40111e0d
+# %% ../nbs/05_dictionaries.ipynb #24bd7b28
 import copy
 import re
 from collections.abc import Iterable
@@ -22,14 +22,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from .core import SITE_KINDS, Site, SparseCodingError, read_json, write_json
 
-# %% ../nbs/05_dictionaries.ipynb #e2595870
+# %% ../nbs/05_dictionaries.ipynb #4cfdb243
 def unit_rows(
     M:Float[Tensor, "n d"], # one direction per row, of any length
 ) -> Float[Tensor, "n d"]: # the same directions at length one
     "Rows divided by their Euclidean length; a row of zeros stays a row of zeros."
     return F.normalize(M, dim=-1)
 
-# %% ../nbs/05_dictionaries.ipynb #6c55ab2d
+# %% ../nbs/05_dictionaries.ipynb #c0e269db
 class Dictionary(nn.Module):
     "Features and an encoder for them: `c = act(x W_enc + b_enc)`, `x_hat = c W_dec + b_dec` (eqs 1-3, 5-6)."
     architecture = "standard"                # SAELens' word for a ReLU encoder
@@ -48,7 +48,7 @@ class Dictionary(nn.Module):
         self.register_buffer("b_dec", torch.zeros(d_in))
         self.project_()
 
-# %% ../nbs/05_dictionaries.ipynb #501aec6f
+# %% ../nbs/05_dictionaries.ipynb #070c2d6d
 def _generator(seed): return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
 
 def _xavier(n, m, generator): return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, m), generator=generator))
@@ -58,7 +58,7 @@ def _check_arguments(d_in, d_sae, norm):
     if norm not in ("in_loss", "project"):
         raise SparseCodingError(f'norm must be "in_loss" (paper 1) or "project" (paper 2), got "{norm}".')
 
-# %% ../nbs/05_dictionaries.ipynb #82a9d110
+# %% ../nbs/05_dictionaries.ipynb #d1d92909
 @patch(as_prop=True)
 def W_dec(self:Dictionary) -> Float[Tensor, "d_sae d_in"]:
     "The features, one unit row each."
@@ -70,12 +70,13 @@ def project_(self:Dictionary) -> Dictionary:
     if self.norm == "project": self.M.data = unit_rows(self.M.data)
     return self
 
-# %% ../nbs/05_dictionaries.ipynb #7fb541b6
+# %% ../nbs/05_dictionaries.ipynb #a7d95f1a
 @patch
 def act(self:Dictionary, a:Float[Tensor, "*b d_sae"]) -> Float[Tensor, "*b d_sae"]:
     "The nonlinearity of the encoder: ReLU."
     return F.relu(a)
 
+# %% ../nbs/05_dictionaries.ipynb #52150ec3
 @patch
 def encode(self:Dictionary,
     x:Float[Tensor, "*b d_in"], # activations, in the model's units
@@ -86,7 +87,7 @@ def encode(self:Dictionary,
                                 f"{x.shape[-1]}: it was made for another model or site.")
     return self.act(F.linear(x - self.b_dec if self.pre_bias else x, self.W_enc.T, self.b_enc))
 
-# %% ../nbs/05_dictionaries.ipynb #259ab40a
+# %% ../nbs/05_dictionaries.ipynb #b93f5377
 @patch
 def decode(self:Dictionary,
     c:Float[Tensor, "*b d_sae"], # codes
@@ -99,13 +100,13 @@ def forward(self:Dictionary, x:Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_
     "Encode, then decode."
     return self.decode(self.encode(x))
 
-# %% ../nbs/05_dictionaries.ipynb #af9ca543
+# %% ../nbs/05_dictionaries.ipynb #3b1a21f2
 class TiedSAE(Dictionary):
     "Paper 1's dictionary: one matrix encodes and decodes, encoder bias only (eqs 1-3)."
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]: return self.W_dec.T
 
-# %% ../nbs/05_dictionaries.ipynb #2e583fa9
+# %% ../nbs/05_dictionaries.ipynb #2143cba2
 class UntiedSAE(Dictionary):
     "Separate encoder and decoder (eqs 5-6); `pre_bias` adds paper 2's `b_dec`, subtracted first and added back last."
     def __init__(self,
@@ -120,7 +121,7 @@ class UntiedSAE(Dictionary):
         self.pre_bias = pre_bias
         if pre_bias: self.b_dec = nn.Parameter(self.b_dec)
 
-# %% ../nbs/05_dictionaries.ipynb #429ef8d5
+# %% ../nbs/05_dictionaries.ipynb #412bf765
 class TopKSAE(UntiedSAE):
     "An untied dictionary that keeps only the `k` largest codes of each vector."
     architecture = "topk"
@@ -136,14 +137,14 @@ class TopKSAE(UntiedSAE):
         if not 1 <= k <= d_sae: raise SparseCodingError(f"k must lie between 1 and d_sae={d_sae}, got {k}.")
         self.k = k
 
-# %% ../nbs/05_dictionaries.ipynb #d810d7b6
+# %% ../nbs/05_dictionaries.ipynb #330f32c5
 @patch
 def act(self:TopKSAE, a:Float[Tensor, "*b d_sae"]) -> Float[Tensor, "*b d_sae"]:
     "The `k` largest pre-activations, negative ones cut to zero."
     top = a.topk(self.k, dim=-1)
     return torch.zeros_like(a).scatter(-1, top.indices, F.relu(top.values))
 
-# %% ../nbs/05_dictionaries.ipynb #fbcfe950
+# %% ../nbs/05_dictionaries.ipynb #05982183
 @patch
 def scaled(self:Dictionary,
     s:float, # the factor the training data were multiplied by
@@ -156,7 +157,7 @@ def scaled(self:Dictionary,
     raw.metadata["input_scale"] = s*self.metadata.get("input_scale", 1.)
     return raw
 
-# %% ../nbs/05_dictionaries.ipynb #ba0965de
+# %% ../nbs/05_dictionaries.ipynb #c50ec1e3
 @patch
 def check(self:Dictionary,
     model, # a LanguageModel: has `fingerprint` and `d_in(site)`
@@ -172,7 +173,7 @@ def check(self:Dictionary,
         raise SparseCodingError(f"This dictionary has d_in={self.d_in}, but {site} here is {model.d_in(site)} wide.")
     return self
 
-# %% ../nbs/05_dictionaries.ipynb #be01ccfe
+# %% ../nbs/05_dictionaries.ipynb #02d8320a
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 @patch(as_prop=True)
@@ -186,7 +187,7 @@ def cfg(self:Dictionary) -> dict:
             "normalize_activations": "none", "metadata": meta,
             "reshape_activations": "hook_z" if "attn_z" in meta.get("site", "") else "none"} | topk
 
-# %% ../nbs/05_dictionaries.ipynb #dfa76bd8
+# %% ../nbs/05_dictionaries.ipynb #af17ecb1
 @patch
 def save(self:Dictionary,
     folder:str|Path, # made if it is not there
@@ -200,7 +201,7 @@ def save(self:Dictionary,
     write_json(folder/"cfg.json", self.cfg)
     return folder
 
-# %% ../nbs/05_dictionaries.ipynb #8aba8e37
+# %% ../nbs/05_dictionaries.ipynb #b34b836d
 def _modern(cfg):
     "Settings from before SAELens 6, in the words of 6."
     if int(str(cfg.get("metadata", {}).get("sae_lens_version", "0")).split(".")[0]) >= 6: return cfg
@@ -209,6 +210,7 @@ def _modern(cfg):
     told = ("model_name", "hook_name", "prepend_bos", "context_size")
     return cfg | {"metadata": {k: cfg[k] for k in told if k in cfg}}
 
+# %% ../nbs/05_dictionaries.ipynb #e09aa02b
 def site_of(
     hook_name:str, # TransformerLens' name, such as "blocks.8.hook_resid_pre"
 ) -> Site|None: # None where we have no such site
@@ -218,7 +220,7 @@ def site_of(
     if name == "hook_resid_pre": return Site(int(block)-1, "resid_post") if int(block) else None
     return next((s for s in (Site(int(block), kind) for kind in SITE_KINDS) if s.hook_name == hook_name), None)
 
-# %% ../nbs/05_dictionaries.ipynb #e9ac9e96
+# %% ../nbs/05_dictionaries.ipynb #dc42edca
 def _read_cfg(folder):
     "Settings of the dictionary in `folder`; raises where we could not honour them."
     try: cfg = _modern(read_json(folder/"cfg.json"))
@@ -230,6 +232,7 @@ def _read_cfg(folder):
             raise SparseCodingError(f"{folder}: {key} is {cfg.get(key)!r}; supported here: {[k for k in known if k]}.")
     return cfg
 
+# %% ../nbs/05_dictionaries.ipynb #93b5af4c
 def _read_tensors(folder, cfg):
     "The four tensors, in float32; raises where one is missing, misshapen or not finite."
     try: t = {k: v.float() for k, v in load_file(folder/"sae_weights.safetensors").items()}
@@ -243,7 +246,7 @@ def _read_tensors(folder, cfg):
         if not t[name].isfinite().all(): raise SparseCodingError(f"{folder}: {name} holds NaN or infinite values.")
     return t
 
-# %% ../nbs/05_dictionaries.ipynb #81911ab0
+# %% ../nbs/05_dictionaries.ipynb #80ad63f0
 def _fold_norms(t, cfg, folder):
     "Move the lengths of the decoder's rows into the encoder; rows of length one are left as they are, bit for bit."
     length = t["W_dec"].norm(dim=1)
@@ -253,7 +256,7 @@ def _fold_norms(t, cfg, folder):
                                 "and normalising them would change which features are kept.")
     return t | {"W_enc": t["W_enc"]*length, "b_enc": t["b_enc"]*length, "W_dec": t["W_dec"]/length[:, None]}
 
-# %% ../nbs/05_dictionaries.ipynb #e69c236e
+# %% ../nbs/05_dictionaries.ipynb #d0c589ae
 def load_dictionary(
     folder:str|Path, # holds cfg.json and sae_weights.safetensors, ours or SAELens'
 ) -> Dictionary: # ready to use, rows of W_dec at length one
@@ -274,13 +277,14 @@ def load_dictionary(
     d.metadata = meta
     return d.requires_grad_(False)
 
-# %% ../nbs/05_dictionaries.ipynb #6036c087
+# %% ../nbs/05_dictionaries.ipynb #98bda4e2
 def l0(
     c:Float[Tensor, "n d_sae"], # codes
 ) -> float:
     "Mean number of active (nonzero) features per row."
     return (c != 0).sum(-1).double().mean().item()
 
+# %% ../nbs/05_dictionaries.ipynb #b3044978
 def mse(
     x:Float[Tensor, "n d_in"], # activations
     x_hat:Float[Tensor, "n d_in"], # reconstructions
@@ -288,13 +292,14 @@ def mse(
     "Squared error, summed over coordinates, mean over rows."
     return (x - x_hat).double().pow(2).sum(-1).mean().item()
 
+# %% ../nbs/05_dictionaries.ipynb #cde2af7f
 def total_variance(
     x:Float[Tensor, "n d_in"], # activations
 ) -> float:
     "Mean squared distance of the rows from their mean."
     return mse(x.double(), x.double().mean(0))
 
-# %% ../nbs/05_dictionaries.ipynb #8307b5a1
+# %% ../nbs/05_dictionaries.ipynb #6e31a5b4
 def fvu(
     x:Float[Tensor, "n d_in"], # activations
     x_hat:Float[Tensor, "n d_in"], # reconstructions
@@ -302,6 +307,7 @@ def fvu(
     "Fraction of variance unexplained, about the mean; raises where the rows do not vary."
     return _ratio(mse(x, x_hat), total_variance(x))
 
+# %% ../nbs/05_dictionaries.ipynb #33586d20
 def explained_variance(
     x:Float[Tensor, "n d_in"], # activations
     x_hat:Float[Tensor, "n d_in"], # reconstructions
@@ -309,11 +315,12 @@ def explained_variance(
     "1 - fvu."
     return 1 - fvu(x, x_hat)
 
+# %% ../nbs/05_dictionaries.ipynb #2bcdf71e
 def _ratio(error, variance):
     if not variance > 0: raise SparseCodingError("All rows are equal: there is no variance to explain.")
     return error/variance
 
-# %% ../nbs/05_dictionaries.ipynb #d6117633
+# %% ../nbs/05_dictionaries.ipynb #3abe0bec
 def cossim(
     x:Float[Tensor, "n d_in"], # activations
     x_hat:Float[Tensor, "n d_in"], # reconstructions
@@ -321,12 +328,14 @@ def cossim(
     "Mean cosine between row and reconstruction; a reconstruction of zero counts 0."
     return F.cosine_similarity(x.double(), x_hat.double(), dim=-1).mean().item()
 
+# %% ../nbs/05_dictionaries.ipynb #be063868
 def feature_density(
     c:Float[Tensor, "n d_sae"], # codes
 ) -> Float[Tensor, "d_sae"]:
     "Share of rows on which each feature fires."
     return (c != 0).double().mean(0)
 
+# %% ../nbs/05_dictionaries.ipynb #b75d0fce
 def frac_alive(
     c:Float[Tensor, "n d_sae"], # codes
     min_fires:int=1, # firings a feature needs to count as alive
@@ -334,7 +343,7 @@ def frac_alive(
     "Share of features that fire on at least `min_fires` rows."
     return ((c != 0).sum(0) >= min_fires).double().mean().item()
 
-# %% ../nbs/05_dictionaries.ipynb #e5942c63
+# %% ../nbs/05_dictionaries.ipynb #6a0ac3fa
 def evaluate(
     dictionary:Dictionary, # in the units of the batches
     batches:Iterable[Float[Tensor, "n d_in"]], # held-out activations, any batch sizes
@@ -351,6 +360,7 @@ def evaluate(
     if not sums.n: raise SparseCodingError("There was nothing to evaluate: the stream of activations is empty.")
     return sums.metrics(min_fires) | ({"feature_density": sums.fires/sums.n} if density else {})
 
+# %% ../nbs/05_dictionaries.ipynb #753ceadd
 def _check_finite(x, n):
     bad = ~x.isfinite().all(-1)
     if bad.any():
@@ -358,7 +368,7 @@ def _check_finite(x, n):
         raise SparseCodingError(f"Row {first} of the activations has NaN or infinity, one of {count} such rows in its "
                                 "batch: harvest them again.")
 
-# %% ../nbs/05_dictionaries.ipynb #db70c373
+# %% ../nbs/05_dictionaries.ipynb #05ac3ab7
 class _Sums:
     "Sums over rows, in float64, from which every metric follows."
     def __init__(self, d_sae):
@@ -378,13 +388,14 @@ class _Sums:
         return dict(l0=m["l0"], fvu=unexplained, explained_variance=1 - unexplained, mse=m["mse"], cossim=m["cossim"],
                     frac_alive=(self.fires >= min_fires).double().mean().item(), n=self.n)
 
-# %% ../nbs/05_dictionaries.ipynb #80f722cb
+# %% ../nbs/05_dictionaries.ipynb #8ec18429
 def directions(
     A:Dictionary|Float[Tensor, "n d"], # a dictionary, or directions as rows
 ) -> Float[Tensor, "n d"]:
     "Unit rows of a dictionary or a matrix."
     return unit_rows((A.W_dec if isinstance(A, Dictionary) else A).detach())
 
+# %% ../nbs/05_dictionaries.ipynb #1bf1fe27
 def max_cosines(
     A:Dictionary|Float[Tensor, "n d"], # where to look
     B:Dictionary|Float[Tensor, "m d"], # what to look for
@@ -395,6 +406,7 @@ def max_cosines(
         raise SparseCodingError(f"Features of width {A.shape[1]} and {B.shape[1]} cannot be compared.")
     return torch.cat([(b @ A.T).amax(1) for b in B.split(4096)])
 
+# %% ../nbs/05_dictionaries.ipynb #046c1147
 def mmcs(
     A:Dictionary|Float[Tensor, "n d"], # where to look
     B:Dictionary|Float[Tensor, "m d"], # what to look for
@@ -402,7 +414,7 @@ def mmcs(
     "How well `A` covers `B`: mean over `B` of the best cosine in `A`. Not symmetric."
     return max_cosines(A, B).double().mean().item()
 
-# %% ../nbs/05_dictionaries.ipynb #6e501cc2
+# %% ../nbs/05_dictionaries.ipynb #c12445b3
 def matched_cosines(
     A:Dictionary|Float[Tensor, "n d"], # features
     B:Dictionary|Float[Tensor, "m d"], # features to pair with them

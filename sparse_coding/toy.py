@@ -6,7 +6,7 @@
 __all__ = ['strongest', 'distinct_tokens', 'fig1', 'readable', 'mean_by_token', 'neuron_basis', 'outliers', 'by_range',
            'train_superposition', 'represented', 'interference', 'judge_superposition', 'ToyFeatures', 'mmcs_null']
 
-# %% ../nbs/06_toy.ipynb #c4a17d55
+# %% ../nbs/06_toy.ipynb #a3c541fa
 from contextlib import contextmanager
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .core import SparseCodingError, rule
 from .dictionaries import Dictionary, TiedSAE, unit_rows
 from .plots import COLORS, shades
 
-# %% ../nbs/06_toy.ipynb #ceae9059
+# %% ../nbs/06_toy.ipynb #9ce135d0
 def strongest(
     dictionary:Dictionary, # whose features
     x:Float[Tensor, "n d_in"], # activations
@@ -36,6 +36,7 @@ def strongest(
         best = order.values, found.gather(0, order.indices)
     return best
 
+# %% ../nbs/06_toy.ipynb #e333c849
 def distinct_tokens(
     ids:Int[Tensor, "n"], # token id of every row
     found:Int[Tensor, "k d_sae"], # rows, as from `strongest`
@@ -44,7 +45,7 @@ def distinct_tokens(
     tokens = ids[found].sort(0).values
     return 1 + (tokens[1:] != tokens[:-1]).sum(0)
 
-# %% ../nbs/06_toy.ipynb #aef42a91
+# %% ../nbs/06_toy.ipynb #4b3d5c7a
 def fig1(
     x:Float[Tensor, "s d_in"], # activations of a few tokens in a row
     tokens:list[str], # their text
@@ -57,14 +58,15 @@ def fig1(
     active = torch.cat([torch.tensor([feature]), c.amax(0).argsort(descending=True)[:30]]).unique()
     fig, axes = plt.subplots(1, 3, figsize=(7, 3), width_ratios=[1.3, 1.2, 1])
     some = f"{min(48, len(x.T))} of {len(x.T)} coordinates"
-    _heat(axes[0], x[:, :48], "RdBu_r", tokens, "a) sample activations $x$", some)
-    _heat(axes[1], c[:, active], "Blues", [], "b) train a dictionary", f"codes c: {len(active)} of {len(c.T)} features")
-    axes[1].plot(active.tolist().index(feature), 1.03, "v", color=COLORS["target"], clip_on=False,
+    _heat(axes[0], x[:, :48], "RdBu_r", tokens, "a) sample activations $x$\n", some)
+    _heat(axes[1], c[:, active], "Blues", [], "b) train a dictionary\n", f"codes c: {len(active)} of {len(c.T)} features")
+    axes[1].plot(active.tolist().index(feature), 1.02, "v", color=COLORS["target"], clip_on=False,
                  transform=axes[1].get_xaxis_transform())
     axes[2].barh([t for t, _ in top][::-1], [v for _, v in top][::-1], color=COLORS["target"])
-    axes[2].set(title=f"c) interpret feature {feature}", xlabel="mean activation on this token")
+    axes[2].set(title=f"c) interpret feature {feature}\n", xlabel="mean activation on this token")
     return fig
 
+# %% ../nbs/06_toy.ipynb #d3a38c16
 def _heat(ax, values, cmap, labels, title, xlabel):
     "A matrix as an image, clipped so that a few large values do not hide the rest."
     high = values.abs().flatten().quantile(.95).item() or 1.
@@ -73,13 +75,14 @@ def _heat(ax, values, cmap, labels, title, xlabel):
     ax.tick_params(axis="y", labelsize=7)
     ax.grid(False)
 
-# %% ../nbs/06_toy.ipynb #98efdfb5
+# %% ../nbs/06_toy.ipynb #42e69249
 def readable(
     text:str, # a token
 ) -> str: # visible on a page and in a figure
     "A token with its spaces and line ends made visible."
     return repr(text)[1:-1].replace(" ", "␣").replace("$", r"\$")
 
+# %% ../nbs/06_toy.ipynb #b623c3bd
 def mean_by_token(
     ids:Int[Tensor, "n"], # token id of every row
     values:Float[Tensor, "n"], # activation of every row
@@ -92,7 +95,7 @@ def mean_by_token(
     best = torch.where(counts >= at_least, means, -1.).argsort(descending=True)[:k]
     return [(tokens[i].item(), means[i].item()) for i in best]
 
-# %% ../nbs/06_toy.ipynb #922731ac
+# %% ../nbs/06_toy.ipynb #65c2b2d2
 def neuron_basis(
     d_in:int, # width of the activations
 ) -> Dictionary: # one feature per coordinate, firing on its positive side
@@ -101,6 +104,7 @@ def neuron_basis(
     basis.M.data = torch.eye(d_in)
     return basis
 
+# %% ../nbs/06_toy.ipynb #32bc3919
 def outliers(
     x:Float[Tensor, "n d_in"], # activations
     times:float=10., # the energy of an outlier, in medians
@@ -109,7 +113,7 @@ def outliers(
     energy = x.pow(2).mean(0)
     return energy > times*energy.median()
 
-# %% ../nbs/06_toy.ipynb #01298a85
+# %% ../nbs/06_toy.ipynb #740a8d17
 def by_range(
     values:Float[Tensor, "n"], # activations of one direction
     parts:int=4, # ranges of equal width between 0 and the maximum
@@ -120,7 +124,7 @@ def by_range(
     inside = lambda lo, hi: order[(values[order] > lo) & (values[order] <= hi)]
     return [(lo, hi, inside(lo, hi)) for lo, hi in zip(edges, edges[1:])][::-1]
 
-# %% ../nbs/06_toy.ipynb #3e7de069
+# %% ../nbs/06_toy.ipynb #59b36575
 @contextmanager
 def _one_thread():
     "Small tensors are faster on one thread: two would mostly wait for each other."
@@ -129,6 +133,7 @@ def _one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/06_toy.ipynb #447a0b16
 @_one_thread()
 def train_superposition(
     density:list[float], # p: probability that a feature is present; one group of models each
@@ -152,7 +157,7 @@ def train_superposition(
         opt.zero_grad(); (importance*(x - x_hat).pow(2)).sum().div(256).backward(); opt.step(); schedule.step()
     return W.detach()
 
-# %% ../nbs/06_toy.ipynb #d068c2a3
+# %% ../nbs/06_toy.ipynb #c8928c72
 def represented(
     W:Float[Tensor, "*b n m"], # directions of the features
 ) -> Int[Tensor, "*b"]: # at most n
@@ -167,7 +172,7 @@ def interference(
     there = W.norm(dim=-1) > .5
     return (others*there).sum(-1)/there.sum(-1).clamp(min=1)
 
-# %% ../nbs/06_toy.ipynb #b65707a0
+# %% ../nbs/06_toy.ipynb #d1b9ff93
 @rule("P1-superpos")
 def judge_superposition(
     rec:dict, # a record whose `measured` holds lists over seeds: sparse, dense; and m
@@ -177,7 +182,7 @@ def judge_superposition(
     needs, shows = max(dense) <= m, min(sparse) > m
     return "holds" if needs and shows else "partly" if needs or shows else "does not hold"
 
-# %% ../nbs/06_toy.ipynb #208ae01c
+# %% ../nbs/06_toy.ipynb #5709c544
 @dataclass
 class ToyFeatures:
     "Sparse sums of known directions."
@@ -200,7 +205,7 @@ class ToyFeatures:
         if self.values not in ("uniform", "product"):
             raise SparseCodingError(f'values must be "uniform" or "product", got "{self.values}".')
 
-# %% ../nbs/06_toy.ipynb #f86f38eb
+# %% ../nbs/06_toy.ipynb #5326cdf9
 @patch
 def presence(self:ToyFeatures,
     k:int, # samples
@@ -212,6 +217,7 @@ def presence(self:ToyFeatures,
     z = self.correlation**.5*shared + (1 - self.correlation)**.5*own
     return torch.special.ndtr(z) < self.p
 
+# %% ../nbs/06_toy.ipynb #3b18cdc4
 @patch
 def sample(self:ToyFeatures,
     k:int, # samples
@@ -223,7 +229,7 @@ def sample(self:ToyFeatures,
     a = there*(size[0] if self.values == "uniform" else size.prod(0))
     return a @ self.features + self.noise*torch.randn(k, self.d, generator=generator), a
 
-# %% ../nbs/06_toy.ipynb #15bbc099
+# %% ../nbs/06_toy.ipynb #7f2eb115
 def mmcs_null(
     n:int, # directions to look among
     d:int, # dimensions, at least 2
