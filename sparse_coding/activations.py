@@ -6,7 +6,7 @@
 __all__ = ['BYTES', 'batch_rows', 'relative_error', 'harvest', 'ActivationStore', 'estimate_harvest', 'load_store', 'plan_epoch',
            'batches']
 
-# %% ../nbs/04_activations.ipynb #e0d6f368
+# %% ../nbs/04_activations.ipynb #86998dec
 import errno
 import os
 import shutil
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/04_activations.ipynb #4e582554
+# %% ../nbs/04_activations.ipynb #62647ac4
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -29,21 +29,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/04_activations.ipynb #09499954
+# %% ../nbs/04_activations.ipynb #ff544a49
 from .core import (Site, SparseCodingError, cache_dir, fast_matmul, load_or_compute, read_json, sha256,
                                 write_json)
 from .corpora import Rows, load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/04_activations.ipynb #ef262340
+# %% ../nbs/04_activations.ipynb #dc9ca3c6
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
+# %% ../nbs/04_activations.ipynb #9d2715de
 def _as_sites(sites):
     "A list of different sites, lowest layer first."
     sites = [sites] if isinstance(sites, Site) else list(sites)
     if not sites: raise SparseCodingError("No site was given to harvest: name at least one, such as Site(9).")
     return sorted(set(sites))
 
+# %% ../nbs/04_activations.ipynb #074a01d4
 def batch_rows(
     model:LanguageModel, # that will run
     row_len:int, # tokens per row
@@ -51,7 +53,7 @@ def batch_rows(
     "Rows that fit a CPU's cache, or keep a GPU busy."
     return max(1, (1024 if model.device.type == "cpu" else 16_384)//row_len)
 
-# %% ../nbs/04_activations.ipynb #38ebd3b1
+# %% ../nbs/04_activations.ipynb #03e6849b
 def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, shard_bytes=2**25):
     "Everything that decides a store's numbers, as JSON."
     for name, value, known in (("dtype", dtype, BYTES), ("compute", compute, ("float32", "bfloat16"))):
@@ -59,10 +61,10 @@ def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, 
     widths = {str(s): model.d_in(s) for s in _as_sites(sites)}
     n_batch = n_batch or batch_rows(model, rows.row_len)
     batch_bytes = n_batch*rows.row_len*sum(BYTES[dtype]*d + 4 for d in widths.values())
-    return dict(format=1, model=model.fingerprint, rows=rows.fingerprint, n_rows=len(rows), row_len=rows.row_len, sites=widths,
-                dtype=dtype, compute=compute, batch_rows=n_batch, shard_rows=n_batch*max(1, shard_bytes//batch_bytes))
+    return dict(format=1, model=model.fingerprint, rows=rows.fingerprint, n_rows=len(rows), row_len=rows.row_len,
+                sites=widths, dtype=dtype, compute=compute, batch_rows=n_batch, shard_rows=n_batch*max(1, shard_bytes//batch_bytes))
 
-# %% ../nbs/04_activations.ipynb #7f9d95a4
+# %% ../nbs/04_activations.ipynb #1cb05ded
 def _norms(
     x:Float[Tensor, "batch seq d"], # activations, on the CPU
     site, # where they are from
@@ -72,17 +74,18 @@ def _norms(
     norms = np.sqrt(np.einsum("bsd,bsd->bs", x.numpy(), x.numpy()))
     if not np.isfinite(norms).all():
         i, j = np.argwhere(~np.isfinite(norms))[0]
-        raise SparseCodingError(f"The activation at {site}, row {first + i}, position {j}, holds NaN or infinity: nothing can be learnt "
-                                "from it. Check the model's weights and number format, or leave that row out.")
+        raise SparseCodingError(f"The activation at {site}, row {first + i}, position {j}, holds NaN or infinity: "
+                                "check the model's weights and number format, or leave that row out.")
     return torch.from_numpy(norms)
 
-# %% ../nbs/04_activations.ipynb #2e448d73
+# %% ../nbs/04_activations.ipynb #f448609f
 @contextmanager
 def _precision(model, compute):
     "Compute in float32 by the fastest accurate product, or let products run in bfloat16."
     with torch.inference_mode(), fast_matmul(model.device):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=compute == "bfloat16"): yield
 
+# %% ../nbs/04_activations.ipynb #a85cd06c
 def _run_batch(model, tokens, sites, first, compute):
     "Activations [n, d] and norms [n] of one batch, by site, in float32 on the CPU."
     with _precision(model, compute):
@@ -90,16 +93,17 @@ def _run_batch(model, tokens, sites, first, compute):
     found = {s: x.float().cpu() for s, x in found.items()}
     return {s: (x.flatten(0, 1), _norms(x, s, first).flatten()) for s, x in found.items()}
 
-# %% ../nbs/04_activations.ipynb #89187a84
+# %% ../nbs/04_activations.ipynb #6a18bd07
 def _stored(parts, norms, dtype, site, name):
     "Batches of activations as one tensor of `dtype`, or of float32 (with a warning) where float16 would overflow."
-    if dtype == "float16" and norms.max() > torch.finfo(torch.float16).max:
-        if (top := max(float(x.abs().max()) for x in parts)) > torch.finfo(torch.float16).max:
-            warnings.warn(f"{site} has activations up to {top:,.0f} in {name}, beyond float16: this shard is stored in float32.", stacklevel=2)
-            dtype = "float32"
+    largest = torch.finfo(torch.float16).max
+    if dtype == "float16" and norms.max() > largest and (top := max(float(x.abs().max()) for x in parts)) > largest:
+        dtype = "float32"
+        warnings.warn(f"{site} has activations up to {top:,.0f} in {name}, beyond float16: this shard is stored in "
+                      "float32.", stacklevel=2)
     return torch.cat([x.to(getattr(torch, dtype)) for x in parts])
 
-# %% ../nbs/04_activations.ipynb #72ce9631
+# %% ../nbs/04_activations.ipynb #c84ccf0a
 @contextmanager
 def _full_disk(folder):
     "Turn a full disk, however it is reported, into one clear error."
@@ -107,10 +111,10 @@ def _full_disk(folder):
     except (OSError, SafetensorError) as e:
         full = getattr(e, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         if not full and not any(f"os error {n})" in str(e) for n in (28, 112, 122)): raise
-        raise SparseCodingError(f"The disk that holds {folder} is full: free some space and run this again. The finished shards are "
-                                "kept, and the harvest goes on after them.") from e
+        raise SparseCodingError(f"The disk that holds {folder} is full: free some space and run this again. The "
+                                "finished shards are kept, and the harvest goes on after them.") from e
 
-# %% ../nbs/04_activations.ipynb #f1fcc6bf
+# %% ../nbs/04_activations.ipynb #1459903e
 def _write_shard(folder, meta, name, found):
     "Write one shard, then list it in meta.json with its size and checksum."
     tensors = {}
@@ -122,57 +126,61 @@ def _write_shard(folder, meta, name, found):
     try:
         with _full_disk(folder):
             save_file(tensors, part)
-            entry = dict(size=part.stat().st_size, sha256=sha256(part), dtype={str(s): str(tensors[str(s)].dtype)[6:] for s in found})
+            kinds = {str(s): str(tensors[str(s)].dtype).removeprefix("torch.") for s in found}
+            meta["files"][name] = dict(size=part.stat().st_size, sha256=sha256(part), dtype=kinds)
             os.replace(part, folder/name)
-            meta["files"][name] = entry
             write_json(folder/"meta.json", meta)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/04_activations.ipynb #a8b96764
+# %% ../nbs/04_activations.ipynb #57ae515a
 def _fault(folder, name, entry, checksum=True):
     "What is wrong with a listed file, or None."
     path = folder/name
     if not path.exists(): return "is missing"
-    if path.stat().st_size != entry["size"]: return f"is truncated ({path.stat().st_size:,} bytes instead of {entry['size']:,})"
+    size = path.stat().st_size
+    if size != entry["size"]: return f"is truncated ({size:,} bytes instead of {entry['size']:,})"
     if checksum and sha256(path) != entry["sha256"]: return "was altered (its checksum is another)"
 
+# %% ../nbs/04_activations.ipynb #92f3758a
 def _read_meta(folder):
     "A store's meta.json; raises if it cannot be read."
     try: return read_json(folder/"meta.json")
     except (OSError, ValueError) as e:
-        raise SparseCodingError(f"{folder} is no activation store (meta.json: {e}): delete it, or name another folder.") from e
+        raise SparseCodingError(f"{folder} is no activation store (meta.json: {e}): delete it, or name another "
+                                "folder.") from e
 
-# %% ../nbs/04_activations.ipynb #62b6b0c8
+# %% ../nbs/04_activations.ipynb #e8a58109
 def _resume(folder, plan):
     "The meta data to go on with: from scratch, or without the files that turn out to be damaged."
     if not (folder/"meta.json").exists(): return {**plan, "files": {}}
     meta = _read_meta(folder)
     for key, value in plan.items():
         if meta.get(key) != value:
-            raise SparseCodingError(f"{folder} holds activations of another harvest ({key} is {meta.get(key)!r} there and {value!r} here): "
-                                    "use another folder, or delete this one.")
+            raise SparseCodingError(f"{folder} holds activations of another harvest ({key} is {meta.get(key)!r} there "
+                                    f"and {value!r} here): use another folder, or delete this one.")
     for name, entry in list(meta["files"].items()):
         if fault := _fault(folder, name, entry):
             warnings.warn(f"{folder/name} {fault}: it is made again.", stacklevel=3)
             del meta["files"][name]
     return meta
 
-# %% ../nbs/04_activations.ipynb #57201b3d
+# %% ../nbs/04_activations.ipynb #5a665d93
 def _write_tokens(folder, meta, rows):
     "Copy the rows' token ids into the store."
     part = folder/"tokens.npy.tmp"
     with _full_disk(folder):
         with open(part, "wb") as f: np.save(f, rows.tokens, allow_pickle=False)
+        meta["files"]["tokens.npy"] = dict(size=part.stat().st_size, sha256=sha256(part))
         os.replace(part, folder/"tokens.npy")
-        meta["files"]["tokens.npy"] = dict(size=(folder/"tokens.npy").stat().st_size, sha256=sha256(folder/"tokens.npy"))
         write_json(folder/"meta.json", meta)
 
+# %% ../nbs/04_activations.ipynb #2e506e71
 def _shards(meta):
     "Name and rows [a, b) of every shard a complete store has."
     n, k = meta["n_rows"], meta["shard_rows"]
     return {f"shard-{i:05d}.safetensors": (a, min(a + k, n)) for i, a in enumerate(range(0, n, k))}
 
-# %% ../nbs/04_activations.ipynb #5ba0e9a5
+# %% ../nbs/04_activations.ipynb #ce13b054
 def relative_error(
     x:Float[Tensor, "n d"], # approximate vectors
     y:Float[Tensor, "n d"], # exact ones
@@ -180,6 +188,7 @@ def relative_error(
     "Root of the squared error over the squared length, both summed over all vectors."
     return float((x.double() - y.double()).norm()/y.double().norm())
 
+# %% ../nbs/04_activations.ipynb #249f1fd9
 def _compute_error(model, rows, sites, n_rows, compute):
     "Relative error of another number format on the first rows, by site."
     tokens = np.asarray(rows.tokens[:n_rows])
@@ -187,21 +196,22 @@ def _compute_error(model, rows, sites, n_rows, compute):
     x, y = (_run_batch(model, tokens, sites, 0, how) for how in (compute, "float32"))
     return {str(s): relative_error(x[s][0][inner], y[s][0][inner]) for s in sites}
 
-# %% ../nbs/04_activations.ipynb #a7324628
+# %% ../nbs/04_activations.ipynb #e5284024
 def _run_shard(model, rows, meta, sites, a, b, bar):
     "Activations and norms of rows [a, b), by site, as a list of batches."
     parts = {s: [] for s in sites}
     for i in range(a, b, meta["batch_rows"]):
         tokens = np.asarray(rows.tokens[i:min(i + meta["batch_rows"], b)])
         for s, found in _run_batch(model, tokens, sites, i, meta["compute"]).items():
-            if found[0].shape[1] != meta["sites"][str(s)]:
-                raise SparseCodingError(f"{s} gave vectors of {found[0].shape[1]} numbers where the model declares {meta['sites'][str(s)]}: "
+            got, declared = found[0].shape[1], meta["sites"][str(s)]
+            if got != declared:
+                raise SparseCodingError(f"{s} gave vectors of {got} numbers where the model declares {declared}: "
                                         "its architecture is not described rightly in LAYOUTS of 02_models.")
             parts[s].append(found)
         bar.update(tokens.size)
     return parts
 
-# %% ../nbs/04_activations.ipynb #38647eb6
+# %% ../nbs/04_activations.ipynb #62feeab8
 def harvest(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -213,7 +223,7 @@ def harvest(
     progress:bool=True, # show a bar
     **options, # compute="bfloat16" for speed; n_batch, rows per forward pass; shard_bytes
 ) -> "ActivationStore":
-    "Run the model over all rows and store its activations; picks up an interrupted harvest; raises where it cannot go on."
+    "Run the model over all rows and store its activations; goes on after an interruption; raises where it cannot."
     folder, sites, plan = Path(folder), _as_sites(sites), _plan(model, rows, sites, dtype, **options)
     with _full_disk(folder): folder.mkdir(parents=True, exist_ok=True)
     meta = {**_resume(folder, plan), "model_name": model.name, "drop_first": drop_first, "max_norm": max_norm}
@@ -224,14 +234,15 @@ def harvest(
     with _full_disk(folder): write_json(folder/"meta.json", meta)
     return ActivationStore(folder)
 
-# %% ../nbs/04_activations.ipynb #8a7d64b1
+# %% ../nbs/04_activations.ipynb #10d29da7
 def _fill(model, rows, meta, sites, folder, progress):
     "Compute the shards that are missing; a second thread writes each while the next is computed."
     todo = {name: ab for name, ab in _shards(meta).items() if name not in meta["files"]}
     left = sum(b - a for a, b in todo.values())
     if not todo: return
-    bar = tqdm(total=meta["n_rows"]*rows.row_len, initial=(meta["n_rows"] - left)*rows.row_len, unit="tok", unit_scale=True, leave=False, delay=1, disable=not progress,
-               desc=f"harvest {', '.join(map(str, sites))}")
+    n = rows.row_len
+    bar = tqdm(total=meta["n_rows"]*n, initial=(meta["n_rows"] - left)*n, unit="tok", unit_scale=True, delay=1,
+               desc=f"harvest {', '.join(map(str, sites))}", leave=False, disable=not progress)
     with bar, ThreadPoolExecutor(1) as writer:
         waiting = None
         for name, (a, b) in todo.items():
@@ -240,7 +251,7 @@ def _fill(model, rows, meta, sites, folder, progress):
             waiting = writer.submit(_write_shard, folder, meta, name, found)
         waiting.result()
 
-# %% ../nbs/04_activations.ipynb #57631d89
+# %% ../nbs/04_activations.ipynb #de917654
 class ActivationStore:
     "Activations of some sites over some rows, in a folder, with the rule for which of them count."
     def __init__(self, folder:Path, # as written by `harvest`
@@ -254,9 +265,10 @@ class ActivationStore:
         self.tokens = np.load(self.folder/"tokens.npy", mmap_mode="r", allow_pickle=False)
 
     def __repr__(self):
-        return f"{self.n:,} activations of {self.meta['model_name']} at {', '.join(map(str, self.sites))}, rows of {self.row_len}"
+        sites = ", ".join(map(str, self.sites))
+        return f"{self.n:,} activations of {self.meta['model_name']} at {sites}, rows of {self.row_len}"
 
-# %% ../nbs/04_activations.ipynb #7e22ae61
+# %% ../nbs/04_activations.ipynb #d402200a
 @patch
 def verify(self:ActivationStore,
     checksums:bool=True, # read every byte; otherwise compare sizes only
@@ -265,36 +277,41 @@ def verify(self:ActivationStore,
     files = self.meta["files"]
     for name in ["tokens.npy", *self.shards]:
         fault = _fault(self.folder, name, files[name], checksums) if name in files else "is not harvested yet"
-        if fault: raise SparseCodingError(f"{self.folder/name} {fault}: harvest into this folder again, and only what is missing will be done.")
+        if fault: raise SparseCodingError(f"{self.folder/name} {fault}: harvest into this folder again, and only what "
+                                          "is missing will be done.")
     return self
 
-# %% ../nbs/04_activations.ipynb #7f06ca81
+# %% ../nbs/04_activations.ipynb #ed3f3349
 @patch
 def d_in(self:ActivationStore,
     site:Site, # one of the store's
 ) -> int: # width of its vectors
     "Numbers per activation; raises if the store does not have the site."
     if site in self.sites: return self.meta["sites"][str(site)]
-    raise SparseCodingError(f"The store {self.folder} holds {', '.join(map(str, self.sites))}, not {site}: harvest that site.")
+    raise SparseCodingError(f"The store {self.folder} holds {', '.join(map(str, self.sites))}, not {site}: "
+                            "harvest that site.")
 
+# %% ../nbs/04_activations.ipynb #54d3e2e2
 @patch
 def check(self:ActivationStore,
     model:LanguageModel, # the model that is about to be used with it
 ) -> "ActivationStore": # itself
     "Raises if the store was made with another model or tokenizer."
     if model.fingerprint == self.meta["model"]: return self
-    raise SparseCodingError(f"The store {self.folder} was made with {self.meta['model_name']} ({self.meta['model']}), not with {model.name} "
-                            f"({model.fingerprint}): load that model, or harvest again with this one.")
+    raise SparseCodingError(f"The store {self.folder} was made with {self.meta['model_name']} ({self.meta['model']}), "
+                            f"not with {model.name} ({model.fingerprint}): load that model, or harvest again with this one.")
 
-# %% ../nbs/04_activations.ipynb #f5d50078
+# %% ../nbs/04_activations.ipynb #e2331c6b
 @patch
 def _read(self:ActivationStore, key, a, b):
     "Pieces of one stored tensor that make up [a, b), as they are stored."
-    if not 0 <= a <= b <= self.n: raise SparseCodingError(f"Activations [{a}, {b}) were asked for, and the store has [0, {self.n}).")
+    if not 0 <= a <= b <= self.n:
+        raise SparseCodingError(f"Activations [{a}, {b}) were asked for, and the store has [0, {self.n}).")
     width = self.meta["shard_rows"]*self.row_len
     for i, name in list(enumerate(self.shards))[a//width:(b - 1)//width + 1 if b > a else 0]:
         with safe_open(self.folder/name, "pt") as f: yield f.get_slice(key)[max(a - i*width, 0):min(b - i*width, width)]
 
+# %% ../nbs/04_activations.ipynb #6798d946
 @patch
 def read(self:ActivationStore,
     site:Site, # one of the store's
@@ -304,6 +321,7 @@ def read(self:ActivationStore,
     "Activations [a, b) of a site; raises for a range or a site the store does not have."
     return torch.cat([torch.empty(0, self.d_in(site)), *(x.float() for x in self._read(str(site), a, b))])
 
+# %% ../nbs/04_activations.ipynb #ecc42aaa
 @patch
 def norms(self:ActivationStore,
     site:Site, # one of the store's
@@ -314,7 +332,7 @@ def norms(self:ActivationStore,
     self.d_in(site)
     return torch.cat([torch.empty(0), *self._read(f"{site}.norm", a, self.n if b is None else b)])
 
-# %% ../nbs/04_activations.ipynb #8ed8ead6
+# %% ../nbs/04_activations.ipynb #5c27acbc
 @patch
 def threshold(self:ActivationStore,
     site:Site, # one of the store's
@@ -328,7 +346,7 @@ def threshold(self:ActivationStore,
         self._thresholds[site, first] = self.max_norm*float(np.median(norms.flatten()[:first].numpy()))
     return self._thresholds[site, first]
 
-# %% ../nbs/04_activations.ipynb #2259ef28
+# %% ../nbs/04_activations.ipynb #75bfb55f
 @patch
 def keep(self:ActivationStore,
     site:Site, # one of the store's
@@ -340,12 +358,13 @@ def keep(self:ActivationStore,
     if self.drop_first: keep[-a % self.row_len::self.row_len] = False
     return keep
 
+# %% ../nbs/04_activations.ipynb #6da4480f
 @patch
 def _chunks(self:ActivationStore, size=2**20):
     "Ranges that cover the store."
     return ((a, min(a + size, self.n)) for a in range(0, self.n, size))
 
-# %% ../nbs/04_activations.ipynb #8cd19a0a
+# %% ../nbs/04_activations.ipynb #51cd04d0
 def _drop_counts(store, site):
     "For every token id: occurrences off position 0, and how many of them are too long; then what position 0 loses."
     seen, long, first = np.zeros(0, int), np.zeros(0, int), 0
@@ -359,7 +378,7 @@ def _drop_counts(store, site):
         first += int(dropped[:, 0].sum())
     return seen, long, first
 
-# %% ../nbs/04_activations.ipynb #7578b6b7
+# %% ../nbs/04_activations.ipynb #26e61d30
 @patch
 def dropped(self:ActivationStore,
     site:Site, # one of the store's
@@ -368,12 +387,13 @@ def dropped(self:ActivationStore,
 ) -> list[dict]: # count, its share of the store, and its share of that token's occurrences
     "What the dropping rule leaves out: position 0, tokens too long, and which."
     seen, long, first = _drop_counts(self, site)
-    line = lambda what, n, of: {"dropped": what, "count": int(n), "of all": n/self.n, "of its kind": float(n/max(of, 1))}
     show = lambda t: tokenizer.decode([t]) if tokenizer else t
+    def line(what, n, of): return {"dropped": what, "count": int(n), "of all": n/self.n, "of its kind": float(n/max(of, 1))}
     ids = [int(t) for t in np.argsort(-long, kind="stable")[:top] if long[t]]
     kinds = [line("position 0", first, self.n//self.row_len), line("too long, elsewhere", long.sum(), seen.sum())]
     return kinds + [line(show(t), long[t], seen[t]) for t in ids]
 
+# %% ../nbs/04_activations.ipynb #6fe35bae
 @patch
 def mean_square(self:ActivationStore,
     site:Site, # one of the store's
@@ -386,7 +406,7 @@ def mean_square(self:ActivationStore,
     if n == 0: raise SparseCodingError(f"No activation at {site} is kept: drop_first and max_norm leave nothing.")
     return total/n
 
-# %% ../nbs/04_activations.ipynb #51239536
+# %% ../nbs/04_activations.ipynb #636c62ef
 def estimate_harvest(
     model:LanguageModel, # that will run
     n_tokens:int, # to be harvested
@@ -403,9 +423,10 @@ def estimate_harvest(
         _run_batch(model, tokens, sites, 0, "float32")
         rate = max(rate, tokens.size/(time.perf_counter() - start))
     size = n_tokens*sum(BYTES[dtype]*model.d_in(s) + 4 for s in sites) + 4*n_tokens
-    return {"seconds": n_tokens/rate, "bytes": size, "tokens_per_second": rate, "free": shutil.disk_usage(cache_dir()).free}
+    free = shutil.disk_usage(cache_dir()).free
+    return {"seconds": n_tokens/rate, "bytes": size, "tokens_per_second": rate, "free": free}
 
-# %% ../nbs/04_activations.ipynb #33876d31
+# %% ../nbs/04_activations.ipynb #2b586fb7
 def load_store(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -423,7 +444,7 @@ def load_store(
         with FileLock(folder.with_suffix(".lock")): make(folder)
     return ActivationStore(folder, drop_first=drop_first, max_norm=max_norm)
 
-# %% ../nbs/04_activations.ipynb #3d06da20
+# %% ../nbs/04_activations.ipynb #9df058a5
 def plan_epoch(
     counts, # kept activations of each block
     per_group:int, # blocks held in memory together
@@ -435,7 +456,7 @@ def plan_epoch(
     ends = np.cumsum([counts[g].sum() for g in groups])
     return [(g, int(e - counts[g].sum()), int(e)) for g, e in zip(groups, ends)]
 
-# %% ../nbs/04_activations.ipynb #01c14b59
+# %% ../nbs/04_activations.ipynb #17527713
 def _read_group(store, site, blocks, block, n):
     "The kept activations of some blocks, in the order of the disk."
     exact = any(e["dtype"][str(site)] != "float16" for e in (store.meta["files"][s] for s in store.shards))
@@ -447,7 +468,7 @@ def _read_group(store, site, blocks, block, n):
         at += len(kept)
     return x
 
-# %% ../nbs/04_activations.ipynb #fabc996a
+# %% ../nbs/04_activations.ipynb #807bc87b
 def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group):
     "The batches of one epoch from number `first` on."
     place, parts = first*batch_size, []
@@ -465,7 +486,7 @@ def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group
                 parts = []
         del x                                                  # one group in memory, not two
 
-# %% ../nbs/04_activations.ipynb #e355cea1
+# %% ../nbs/04_activations.ipynb #3bbe047a
 def batches(
     store:ActivationStore, # on disk
     site:Site, # one of its sites
@@ -476,13 +497,13 @@ def batches(
     block:int=2**10, # neighbours that are read together
     group:int=2**17, # activations held in memory
 ) -> Iterator[Float[Tensor, "batch d_in"]]: # float32, on the CPU
-    "Shuffled batches of the activations that count, epoch after epoch, the same for the same seed; raises if there are too few."
+    "Shuffled batches of the activations that count, the same for the same seed; raises if there are too few."
     ranges = [(a, min(a + block, store.n)) for a in range(0, store.n, block)]
     counts = np.array([int(store.keep(site, a, b).sum()) for a, b in ranges])
     per_epoch = int(counts.sum())//batch_size if batch_size > 0 else 0
     if per_epoch == 0 or start < 0:
-        raise SparseCodingError(f"No batch of {batch_size} from number {start} can be drawn from {counts.sum():,} kept activations at {site}: "
-                                "harvest more tokens, or choose smaller batches.")
+        raise SparseCodingError(f"No batch of {batch_size} from number {start} can be drawn from {counts.sum():,} kept "
+                                f"activations at {site}: harvest more tokens, or choose smaller batches.")
     def stream():
         epoch, first = divmod(start, per_epoch)
         while True:

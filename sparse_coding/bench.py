@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['interleave_times', 'median_ratio', 'cut_model', 'bare_forward', 'harvest_ways', 'harvest_errors', 'bench_harvest']
 
-# %% ../nbs/80_bench.ipynb #a9152f8b
+# %% ../nbs/80_bench.ipynb #6647d8ae
 import copy
 import statistics
 import tempfile
 import time
 from contextlib import nullcontext
 
-# %% ../nbs/80_bench.ipynb #ef6090c3
+# %% ../nbs/80_bench.ipynb #4173a20c
 import torch
 from torch import nn
 
-# %% ../nbs/80_bench.ipynb #3c928aa7
+# %% ../nbs/80_bench.ipynb #d4d0b571
 from .activations import batch_rows, harvest, relative_error
 from .core import Preset, Site, best_matmul, cache_dir, fast_matmul
 from .corpora import load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/80_bench.ipynb #da71a5dd
+# %% ../nbs/80_bench.ipynb #41a61ab0
 def interleave_times(
     ways:dict, # name -> function without arguments
     rounds:int, # how often each is timed, after one warm-up
@@ -36,6 +36,7 @@ def interleave_times(
             if i >= 0: seconds[name].append(time.perf_counter() - start)
     return seconds
 
+# %% ../nbs/80_bench.ipynb #710f05aa
 def median_ratio(
     slow:list[float], # seconds per round
     fast:list[float], # of the same rounds
@@ -43,7 +44,7 @@ def median_ratio(
     "How many times faster: the median of the rounds' ratios."
     return statistics.median(s/f for s, f in zip(slow, fast, strict=True))
 
-# %% ../nbs/80_bench.ipynb #d31b5b36
+# %% ../nbs/80_bench.ipynb #1b963425
 def cut_model(
     model:LanguageModel, # to be cut
     layer:int, # last block that stays
@@ -54,7 +55,7 @@ def cut_model(
     base._modules = {**base._modules, name: model.blocks[:layer + 1]}
     return base
 
-# %% ../nbs/80_bench.ipynb #b7db1db8
+# %% ../nbs/80_bench.ipynb #8c99e68f
 def bare_forward(
     base:nn.Module, # from `cut_model`
     tokens, # [n_rows, row_len]
@@ -66,7 +67,7 @@ def bare_forward(
         for batch in tokens.split(size): out = base(batch, use_cache=False).last_hidden_state
     return out[-1, -1, -1].item()                              # a GPU is only now sure to be done
 
-# %% ../nbs/80_bench.ipynb #aca357db
+# %% ../nbs/80_bench.ipynb #65635621
 def harvest_ways(
     model:LanguageModel, # under study
     rows, # text, as `load_rows` gives it
@@ -77,11 +78,13 @@ def harvest_ways(
     base, size = cut_model(model, site.layer), batch_rows(model, rows.row_len)
     tokens = torch.tensor(rows.tokens, device=model.device).long()
     def store(compute):
-        with tempfile.TemporaryDirectory(dir=folder) as f: harvest(model, rows, site, f, compute=compute, progress=False)
-    return {"as shipped": lambda: bare_forward(base, tokens, size, False), "fast product": lambda: bare_forward(base, tokens, size, True),
+        with tempfile.TemporaryDirectory(dir=folder) as f:
+            harvest(model, rows, site, f, compute=compute, progress=False)
+    return {"as shipped": lambda: bare_forward(base, tokens, size, False),
+            "fast product": lambda: bare_forward(base, tokens, size, True),
             "harvest": lambda: store("float32"), "harvest, bfloat16": lambda: store("bfloat16")}
 
-# %% ../nbs/80_bench.ipynb #a010d2d2
+# %% ../nbs/80_bench.ipynb #e5674251
 def harvest_errors(
     model:LanguageModel, # under study
     rows, # text
@@ -97,7 +100,7 @@ def harvest_errors(
         return relative_error(x.view(n, rows.row_len, -1)[:, 1:].flatten(0, 1), exact)
     return {"harvest": error("float32"), "harvest, bfloat16": error("bfloat16")}
 
-# %% ../nbs/80_bench.ipynb #45867561
+# %% ../nbs/80_bench.ipynb #3f8aa7a2
 def bench_harvest(
     p:Preset, # model, corpus and layer
     layer:int|None=None, # of the residual stream; the preset's if not given
@@ -114,7 +117,9 @@ def bench_harvest(
             seconds = interleave_times(harvest_ways(model, text, site, folder), rounds)
             errors = harvest_errors(model, text, site, folder)
         for way, times in seconds.items():
-            found.append({"way": way, "row_len": row_len, "site": str(site), "tokens_per_second": text.tokens.size/statistics.median(times),
-                          "vs_shipped": median_ratio(seconds["as shipped"], times), "vs_fast_product": median_ratio(seconds["fast product"], times),
-                          "error": errors.get(way), "n_tokens": text.tokens.size, "rounds": rounds, "matmul": best_matmul()})
+            found.append({"way": way, "row_len": row_len, "site": str(site),
+                          "tokens_per_second": text.tokens.size/statistics.median(times),
+                          "vs_shipped": median_ratio(seconds["as shipped"], times),
+                          "vs_fast_product": median_ratio(seconds["fast product"], times), "error": errors.get(way),
+                          "n_tokens": text.tokens.size, "rounds": rounds, "matmul": best_matmul()})
     return found

