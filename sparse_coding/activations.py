@@ -6,7 +6,7 @@
 __all__ = ['BYTES', 'batch_rows', 'relative_error', 'harvest', 'ActivationStore', 'estimate_harvest', 'load_store', 'plan_epoch',
            'batches']
 
-# %% ../nbs/04_activations.ipynb #86998dec
+# %% ../nbs/04_activations.ipynb #fec11f5c
 import errno
 import os
 import shutil
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/04_activations.ipynb #62647ac4
+# %% ../nbs/04_activations.ipynb #3c0b467e
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -29,23 +29,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/04_activations.ipynb #ff544a49
+# %% ../nbs/04_activations.ipynb #7062e944
 from .core import (Site, SparseCodingError, cache_dir, fast_matmul, load_or_compute, read_json, sha256,
                                 write_json)
 from .corpora import Rows, load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/04_activations.ipynb #dc9ca3c6
+# %% ../nbs/04_activations.ipynb #33dfe059
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
-# %% ../nbs/04_activations.ipynb #9d2715de
+# %% ../nbs/04_activations.ipynb #b1849109
 def _as_sites(sites):
     "A list of different sites, lowest layer first."
     sites = [sites] if isinstance(sites, Site) else list(sites)
     if not sites: raise SparseCodingError("No site was given to harvest: name at least one, such as Site(9).")
     return sorted(set(sites))
 
-# %% ../nbs/04_activations.ipynb #074a01d4
+# %% ../nbs/04_activations.ipynb #c74a1cf6
 def batch_rows(
     model:LanguageModel, # that will run
     row_len:int, # tokens per row
@@ -53,7 +53,7 @@ def batch_rows(
     "Rows that fit a CPU's cache, or keep a GPU busy."
     return max(1, (1024 if model.device.type == "cpu" else 16_384)//row_len)
 
-# %% ../nbs/04_activations.ipynb #03e6849b
+# %% ../nbs/04_activations.ipynb #da0d0157
 def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, shard_bytes=2**25):
     "Everything that decides a store's numbers, as JSON."
     for name, value, known in (("dtype", dtype, BYTES), ("compute", compute, ("float32", "bfloat16"))):
@@ -64,7 +64,7 @@ def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, 
     return dict(format=1, model=model.fingerprint, rows=rows.fingerprint, n_rows=len(rows), row_len=rows.row_len,
                 sites=widths, dtype=dtype, compute=compute, batch_rows=n_batch, shard_rows=n_batch*max(1, shard_bytes//batch_bytes))
 
-# %% ../nbs/04_activations.ipynb #1cb05ded
+# %% ../nbs/04_activations.ipynb #5ece065f
 def _norms(
     x:Float[Tensor, "batch seq d"], # activations, on the CPU
     site, # where they are from
@@ -78,14 +78,14 @@ def _norms(
                                 "check the model's weights and number format, or leave that row out.")
     return torch.from_numpy(norms)
 
-# %% ../nbs/04_activations.ipynb #f448609f
+# %% ../nbs/04_activations.ipynb #138c7ecd
 @contextmanager
 def _precision(model, compute):
     "Compute in float32 by the fastest accurate product, or let products run in bfloat16."
     with torch.inference_mode(), fast_matmul(model.device):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=compute == "bfloat16"): yield
 
-# %% ../nbs/04_activations.ipynb #a85cd06c
+# %% ../nbs/04_activations.ipynb #70824418
 def _run_batch(model, tokens, sites, first, compute):
     "Activations [n, d] and norms [n] of one batch, by site, in float32 on the CPU."
     with _precision(model, compute):
@@ -93,7 +93,7 @@ def _run_batch(model, tokens, sites, first, compute):
     found = {s: x.float().cpu() for s, x in found.items()}
     return {s: (x.flatten(0, 1), _norms(x, s, first).flatten()) for s, x in found.items()}
 
-# %% ../nbs/04_activations.ipynb #6a18bd07
+# %% ../nbs/04_activations.ipynb #a5d7f054
 def _stored(parts, norms, dtype, site, name):
     "Batches of activations as one tensor of `dtype`, or of float32 (with a warning) where float16 would overflow."
     largest = torch.finfo(torch.float16).max
@@ -103,7 +103,7 @@ def _stored(parts, norms, dtype, site, name):
                       "float32.", stacklevel=2)
     return torch.cat([x.to(getattr(torch, dtype)) for x in parts])
 
-# %% ../nbs/04_activations.ipynb #c84ccf0a
+# %% ../nbs/04_activations.ipynb #45167e28
 @contextmanager
 def _full_disk(folder):
     "Turn a full disk, however it is reported, into one clear error."
@@ -114,7 +114,7 @@ def _full_disk(folder):
         raise SparseCodingError(f"The disk that holds {folder} is full: free some space and run this again. The "
                                 "finished shards are kept, and the harvest goes on after them.") from e
 
-# %% ../nbs/04_activations.ipynb #1459903e
+# %% ../nbs/04_activations.ipynb #be9751b4
 def _write_shard(folder, meta, name, found):
     "Write one shard, then list it in meta.json with its size and checksum."
     tensors = {}
@@ -132,7 +132,7 @@ def _write_shard(folder, meta, name, found):
             write_json(folder/"meta.json", meta)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/04_activations.ipynb #57ae515a
+# %% ../nbs/04_activations.ipynb #b720f130
 def _fault(folder, name, entry, checksum=True):
     "What is wrong with a listed file, or None."
     path = folder/name
@@ -141,7 +141,7 @@ def _fault(folder, name, entry, checksum=True):
     if size != entry["size"]: return f"is truncated ({size:,} bytes instead of {entry['size']:,})"
     if checksum and sha256(path) != entry["sha256"]: return "was altered (its checksum is another)"
 
-# %% ../nbs/04_activations.ipynb #92f3758a
+# %% ../nbs/04_activations.ipynb #4629b0f1
 def _read_meta(folder):
     "A store's meta.json; raises if it cannot be read."
     try: return read_json(folder/"meta.json")
@@ -149,7 +149,7 @@ def _read_meta(folder):
         raise SparseCodingError(f"{folder} is no activation store (meta.json: {e}): delete it, or name another "
                                 "folder.") from e
 
-# %% ../nbs/04_activations.ipynb #e8a58109
+# %% ../nbs/04_activations.ipynb #416f51ec
 def _resume(folder, plan):
     "The meta data to go on with: from scratch, or without the files that turn out to be damaged."
     if not (folder/"meta.json").exists(): return {**plan, "files": {}}
@@ -164,7 +164,7 @@ def _resume(folder, plan):
             del meta["files"][name]
     return meta
 
-# %% ../nbs/04_activations.ipynb #5a665d93
+# %% ../nbs/04_activations.ipynb #46f1d3f3
 def _write_tokens(folder, meta, rows):
     "Copy the rows' token ids into the store."
     part = folder/"tokens.npy.tmp"
@@ -174,13 +174,13 @@ def _write_tokens(folder, meta, rows):
         os.replace(part, folder/"tokens.npy")
         write_json(folder/"meta.json", meta)
 
-# %% ../nbs/04_activations.ipynb #2e506e71
+# %% ../nbs/04_activations.ipynb #d75ab969
 def _shards(meta):
     "Name and rows [a, b) of every shard a complete store has."
     n, k = meta["n_rows"], meta["shard_rows"]
     return {f"shard-{i:05d}.safetensors": (a, min(a + k, n)) for i, a in enumerate(range(0, n, k))}
 
-# %% ../nbs/04_activations.ipynb #ce13b054
+# %% ../nbs/04_activations.ipynb #6b100490
 def relative_error(
     x:Float[Tensor, "n d"], # approximate vectors
     y:Float[Tensor, "n d"], # exact ones
@@ -188,15 +188,15 @@ def relative_error(
     "Root of the squared error over the squared length, both summed over all vectors."
     return float((x.double() - y.double()).norm()/y.double().norm())
 
-# %% ../nbs/04_activations.ipynb #249f1fd9
-def _compute_error(model, rows, sites, n_rows, compute):
-    "Relative error of another number format on the first rows, by site."
-    tokens = np.asarray(rows.tokens[:n_rows])
+# %% ../nbs/04_activations.ipynb #e3509787
+def _compute_error(model, rows, sites, compute):
+    "Relative error of another number format on the first 512 tokens or so, by site."
+    tokens = np.asarray(rows.tokens[:max(1, 512//rows.row_len)])
     inner = np.arange(tokens.size) % rows.row_len > 0
     x, y = (_run_batch(model, tokens, sites, 0, how) for how in (compute, "float32"))
     return {str(s): relative_error(x[s][0][inner], y[s][0][inner]) for s in sites}
 
-# %% ../nbs/04_activations.ipynb #e5284024
+# %% ../nbs/04_activations.ipynb #6158b4d7
 def _run_shard(model, rows, meta, sites, a, b, bar):
     "Activations and norms of rows [a, b), by site, as a list of batches."
     parts = {s: [] for s in sites}
@@ -211,7 +211,7 @@ def _run_shard(model, rows, meta, sites, a, b, bar):
         bar.update(tokens.size)
     return parts
 
-# %% ../nbs/04_activations.ipynb #62feeab8
+# %% ../nbs/04_activations.ipynb #9cd37177
 def harvest(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -229,12 +229,12 @@ def harvest(
     meta = {**_resume(folder, plan), "model_name": model.name, "drop_first": drop_first, "max_norm": max_norm}
     if "tokens.npy" not in meta["files"]: _write_tokens(folder, meta, rows)
     if plan["compute"] != "float32" and "compute_error" not in meta:
-        meta["compute_error"] = _compute_error(model, rows, sites, plan["batch_rows"], plan["compute"])
+        meta["compute_error"] = _compute_error(model, rows, sites, plan["compute"])
     _fill(model, rows, meta, sites, folder, progress)
     with _full_disk(folder): write_json(folder/"meta.json", meta)
     return ActivationStore(folder)
 
-# %% ../nbs/04_activations.ipynb #10d29da7
+# %% ../nbs/04_activations.ipynb #6f9249e0
 def _fill(model, rows, meta, sites, folder, progress):
     "Compute the shards that are missing; a second thread writes each while the next is computed."
     todo = {name: ab for name, ab in _shards(meta).items() if name not in meta["files"]}
@@ -251,7 +251,7 @@ def _fill(model, rows, meta, sites, folder, progress):
             waiting = writer.submit(_write_shard, folder, meta, name, found)
         waiting.result()
 
-# %% ../nbs/04_activations.ipynb #de917654
+# %% ../nbs/04_activations.ipynb #8655de76
 class ActivationStore:
     "Activations of some sites over some rows, in a folder, with the rule for which of them count."
     def __init__(self, folder:Path, # as written by `harvest`
@@ -268,7 +268,7 @@ class ActivationStore:
         sites = ", ".join(map(str, self.sites))
         return f"{self.n:,} activations of {self.meta['model_name']} at {sites}, rows of {self.row_len}"
 
-# %% ../nbs/04_activations.ipynb #d402200a
+# %% ../nbs/04_activations.ipynb #dcc48bba
 @patch
 def verify(self:ActivationStore,
     checksums:bool=True, # read every byte; otherwise compare sizes only
@@ -281,7 +281,7 @@ def verify(self:ActivationStore,
                                           "is missing will be done.")
     return self
 
-# %% ../nbs/04_activations.ipynb #ed3f3349
+# %% ../nbs/04_activations.ipynb #cf19db0f
 @patch
 def d_in(self:ActivationStore,
     site:Site, # one of the store's
@@ -291,7 +291,7 @@ def d_in(self:ActivationStore,
     raise SparseCodingError(f"The store {self.folder} holds {', '.join(map(str, self.sites))}, not {site}: "
                             "harvest that site.")
 
-# %% ../nbs/04_activations.ipynb #54d3e2e2
+# %% ../nbs/04_activations.ipynb #615d5b3d
 @patch
 def check(self:ActivationStore,
     model:LanguageModel, # the model that is about to be used with it
@@ -301,7 +301,7 @@ def check(self:ActivationStore,
     raise SparseCodingError(f"The store {self.folder} was made with {self.meta['model_name']} ({self.meta['model']}), "
                             f"not with {model.name} ({model.fingerprint}): load that model, or harvest again with this one.")
 
-# %% ../nbs/04_activations.ipynb #e2331c6b
+# %% ../nbs/04_activations.ipynb #3279dace
 @patch
 def _read(self:ActivationStore, key, a, b):
     "Pieces of one stored tensor that make up [a, b), as they are stored."
@@ -311,7 +311,7 @@ def _read(self:ActivationStore, key, a, b):
     for i, name in list(enumerate(self.shards))[a//width:(b - 1)//width + 1 if b > a else 0]:
         with safe_open(self.folder/name, "pt") as f: yield f.get_slice(key)[max(a - i*width, 0):min(b - i*width, width)]
 
-# %% ../nbs/04_activations.ipynb #6798d946
+# %% ../nbs/04_activations.ipynb #8c1776ae
 @patch
 def read(self:ActivationStore,
     site:Site, # one of the store's
@@ -321,7 +321,7 @@ def read(self:ActivationStore,
     "Activations [a, b) of a site; raises for a range or a site the store does not have."
     return torch.cat([torch.empty(0, self.d_in(site)), *(x.float() for x in self._read(str(site), a, b))])
 
-# %% ../nbs/04_activations.ipynb #ecc42aaa
+# %% ../nbs/04_activations.ipynb #f2324c8f
 @patch
 def norms(self:ActivationStore,
     site:Site, # one of the store's
@@ -332,7 +332,7 @@ def norms(self:ActivationStore,
     self.d_in(site)
     return torch.cat([torch.empty(0), *self._read(f"{site}.norm", a, self.n if b is None else b)])
 
-# %% ../nbs/04_activations.ipynb #5c27acbc
+# %% ../nbs/04_activations.ipynb #acd1a338
 @patch
 def threshold(self:ActivationStore,
     site:Site, # one of the store's
@@ -346,7 +346,7 @@ def threshold(self:ActivationStore,
         self._thresholds[site, first] = self.max_norm*float(np.median(norms.flatten()[:first].numpy()))
     return self._thresholds[site, first]
 
-# %% ../nbs/04_activations.ipynb #75bfb55f
+# %% ../nbs/04_activations.ipynb #ad6ec023
 @patch
 def keep(self:ActivationStore,
     site:Site, # one of the store's
@@ -358,13 +358,13 @@ def keep(self:ActivationStore,
     if self.drop_first: keep[-a % self.row_len::self.row_len] = False
     return keep
 
-# %% ../nbs/04_activations.ipynb #6da4480f
+# %% ../nbs/04_activations.ipynb #5bd5dcf9
 @patch
 def _chunks(self:ActivationStore, size=2**20):
     "Ranges that cover the store."
     return ((a, min(a + size, self.n)) for a in range(0, self.n, size))
 
-# %% ../nbs/04_activations.ipynb #51cd04d0
+# %% ../nbs/04_activations.ipynb #e9838953
 def _drop_counts(store, site):
     "For every token id: occurrences off position 0, and how many of them are too long; then what position 0 loses."
     seen, long, first = np.zeros(0, int), np.zeros(0, int), 0
@@ -378,7 +378,7 @@ def _drop_counts(store, site):
         first += int(dropped[:, 0].sum())
     return seen, long, first
 
-# %% ../nbs/04_activations.ipynb #26e61d30
+# %% ../nbs/04_activations.ipynb #6a489c6e
 @patch
 def dropped(self:ActivationStore,
     site:Site, # one of the store's
@@ -393,7 +393,7 @@ def dropped(self:ActivationStore,
     kinds = [line("position 0", first, self.n//self.row_len), line("too long, elsewhere", long.sum(), seen.sum())]
     return kinds + [line(show(t), long[t], seen[t]) for t in ids]
 
-# %% ../nbs/04_activations.ipynb #6fe35bae
+# %% ../nbs/04_activations.ipynb #8ee46097
 @patch
 def mean_square(self:ActivationStore,
     site:Site, # one of the store's
@@ -406,7 +406,7 @@ def mean_square(self:ActivationStore,
     if n == 0: raise SparseCodingError(f"No activation at {site} is kept: drop_first and max_norm leave nothing.")
     return total/n
 
-# %% ../nbs/04_activations.ipynb #636c62ef
+# %% ../nbs/04_activations.ipynb #d5001a71
 def estimate_harvest(
     model:LanguageModel, # that will run
     n_tokens:int, # to be harvested
@@ -426,7 +426,7 @@ def estimate_harvest(
     free = shutil.disk_usage(cache_dir()).free
     return {"seconds": n_tokens/rate, "bytes": size, "tokens_per_second": rate, "free": free}
 
-# %% ../nbs/04_activations.ipynb #2b586fb7
+# %% ../nbs/04_activations.ipynb #faad9dfd
 def load_store(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -444,7 +444,7 @@ def load_store(
         with FileLock(folder.with_suffix(".lock")): make(folder)
     return ActivationStore(folder, drop_first=drop_first, max_norm=max_norm)
 
-# %% ../nbs/04_activations.ipynb #9df058a5
+# %% ../nbs/04_activations.ipynb #4f3bf8aa
 def plan_epoch(
     counts, # kept activations of each block
     per_group:int, # blocks held in memory together
@@ -456,7 +456,7 @@ def plan_epoch(
     ends = np.cumsum([counts[g].sum() for g in groups])
     return [(g, int(e - counts[g].sum()), int(e)) for g, e in zip(groups, ends)]
 
-# %% ../nbs/04_activations.ipynb #17527713
+# %% ../nbs/04_activations.ipynb #e37f03aa
 def _read_group(store, site, blocks, block, n):
     "The kept activations of some blocks, in the order of the disk."
     exact = any(e["dtype"][str(site)] != "float16" for e in (store.meta["files"][s] for s in store.shards))
@@ -468,7 +468,7 @@ def _read_group(store, site, blocks, block, n):
         at += len(kept)
     return x
 
-# %% ../nbs/04_activations.ipynb #807bc87b
+# %% ../nbs/04_activations.ipynb #4e2ff92f
 def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group):
     "The batches of one epoch from number `first` on."
     place, parts = first*batch_size, []
@@ -486,7 +486,7 @@ def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group
                 parts = []
         del x                                                  # one group in memory, not two
 
-# %% ../nbs/04_activations.ipynb #3bbe047a
+# %% ../nbs/04_activations.ipynb #5a5bf144
 def batches(
     store:ActivationStore, # on disk
     site:Site, # one of its sites

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['interleave_times', 'median_ratio', 'cut_model', 'bare_forward', 'harvest_ways', 'harvest_errors', 'bench_harvest']
 
-# %% ../nbs/80_bench.ipynb #6647d8ae
+# %% ../nbs/80_bench.ipynb #6cc1a459
 import copy
 import statistics
 import tempfile
 import time
 from contextlib import nullcontext
 
-# %% ../nbs/80_bench.ipynb #4173a20c
+# %% ../nbs/80_bench.ipynb #9dccd22b
 import torch
 from torch import nn
 
-# %% ../nbs/80_bench.ipynb #d4d0b571
+# %% ../nbs/80_bench.ipynb #28efb7a5
 from .activations import batch_rows, harvest, relative_error
 from .core import Preset, Site, best_matmul, cache_dir, fast_matmul
 from .corpora import load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/80_bench.ipynb #41a61ab0
+# %% ../nbs/80_bench.ipynb #b3064387
 def interleave_times(
     ways:dict, # name -> function without arguments
     rounds:int, # how often each is timed, after one warm-up
@@ -36,7 +36,7 @@ def interleave_times(
             if i >= 0: seconds[name].append(time.perf_counter() - start)
     return seconds
 
-# %% ../nbs/80_bench.ipynb #710f05aa
+# %% ../nbs/80_bench.ipynb #9fd939ea
 def median_ratio(
     slow:list[float], # seconds per round
     fast:list[float], # of the same rounds
@@ -44,7 +44,7 @@ def median_ratio(
     "How many times faster: the median of the rounds' ratios."
     return statistics.median(s/f for s, f in zip(slow, fast, strict=True))
 
-# %% ../nbs/80_bench.ipynb #1b963425
+# %% ../nbs/80_bench.ipynb #7707915b
 def cut_model(
     model:LanguageModel, # to be cut
     layer:int, # last block that stays
@@ -55,7 +55,7 @@ def cut_model(
     base._modules = {**base._modules, name: model.blocks[:layer + 1]}
     return base
 
-# %% ../nbs/80_bench.ipynb #8c99e68f
+# %% ../nbs/80_bench.ipynb #7b2c5de6
 def bare_forward(
     base:nn.Module, # from `cut_model`
     tokens, # [n_rows, row_len]
@@ -67,7 +67,7 @@ def bare_forward(
         for batch in tokens.split(size): out = base(batch, use_cache=False).last_hidden_state
     return out[-1, -1, -1].item()                              # a GPU is only now sure to be done
 
-# %% ../nbs/80_bench.ipynb #65635621
+# %% ../nbs/80_bench.ipynb #aa766e9c
 def harvest_ways(
     model:LanguageModel, # under study
     rows, # text, as `load_rows` gives it
@@ -84,7 +84,7 @@ def harvest_ways(
             "fast product": lambda: bare_forward(base, tokens, size, True),
             "harvest": lambda: store("float32"), "harvest, bfloat16": lambda: store("bfloat16")}
 
-# %% ../nbs/80_bench.ipynb #e5674251
+# %% ../nbs/80_bench.ipynb #29e0840f
 def harvest_errors(
     model:LanguageModel, # under study
     rows, # text
@@ -100,7 +100,7 @@ def harvest_errors(
         return relative_error(x.view(n, rows.row_len, -1)[:, 1:].flatten(0, 1), exact)
     return {"harvest": error("float32"), "harvest, bfloat16": error("bfloat16")}
 
-# %% ../nbs/80_bench.ipynb #3f8aa7a2
+# %% ../nbs/80_bench.ipynb #1b5f3617
 def bench_harvest(
     p:Preset, # model, corpus and layer
     layer:int|None=None, # of the residual stream; the preset's if not given
