@@ -6,7 +6,7 @@
 __all__ = ['BYTES', 'batch_rows', 'relative_error', 'harvest', 'ActivationStore', 'estimate_harvest', 'load_store', 'plan_epoch',
            'batches']
 
-# %% ../nbs/04_activations.ipynb #fec11f5c
+# %% ../nbs/04_activations.ipynb #29fdab12
 import errno
 import os
 import shutil
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/04_activations.ipynb #3c0b467e
+# %% ../nbs/04_activations.ipynb #7da67a98
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -29,23 +29,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/04_activations.ipynb #7062e944
+# %% ../nbs/04_activations.ipynb #194e502a
 from .core import (Site, SparseCodingError, cache_dir, fast_matmul, load_or_compute, read_json, sha256,
                                 write_json)
 from .corpora import Rows, load_rows
 from .models import LanguageModel, load_model
 
-# %% ../nbs/04_activations.ipynb #33dfe059
+# %% ../nbs/04_activations.ipynb #28ecc90b
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
-# %% ../nbs/04_activations.ipynb #b1849109
+# %% ../nbs/04_activations.ipynb #fc539fd5
 def _as_sites(sites):
     "A list of different sites, lowest layer first."
     sites = [sites] if isinstance(sites, Site) else list(sites)
     if not sites: raise SparseCodingError("No site was given to harvest: name at least one, such as Site(9).")
     return sorted(set(sites))
 
-# %% ../nbs/04_activations.ipynb #c74a1cf6
+# %% ../nbs/04_activations.ipynb #91e5a910
 def batch_rows(
     model:LanguageModel, # that will run
     row_len:int, # tokens per row
@@ -53,7 +53,7 @@ def batch_rows(
     "Rows that fit a CPU's cache, or keep a GPU busy."
     return max(1, (1024 if model.device.type == "cpu" else 16_384)//row_len)
 
-# %% ../nbs/04_activations.ipynb #da0d0157
+# %% ../nbs/04_activations.ipynb #6146aa1f
 def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, shard_bytes=2**25):
     "Everything that decides a store's numbers, as JSON."
     for name, value, known in (("dtype", dtype, BYTES), ("compute", compute, ("float32", "bfloat16"))):
@@ -64,7 +64,7 @@ def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, 
     return dict(format=1, model=model.fingerprint, rows=rows.fingerprint, n_rows=len(rows), row_len=rows.row_len,
                 sites=widths, dtype=dtype, compute=compute, batch_rows=n_batch, shard_rows=n_batch*max(1, shard_bytes//batch_bytes))
 
-# %% ../nbs/04_activations.ipynb #5ece065f
+# %% ../nbs/04_activations.ipynb #ff2cdbe0
 def _norms(
     x:Float[Tensor, "batch seq d"], # activations, on the CPU
     site, # where they are from
@@ -78,14 +78,14 @@ def _norms(
                                 "check the model's weights and number format, or leave that row out.")
     return torch.from_numpy(norms)
 
-# %% ../nbs/04_activations.ipynb #138c7ecd
+# %% ../nbs/04_activations.ipynb #306171b4
 @contextmanager
 def _precision(model, compute):
     "Compute in float32 by the fastest accurate product, or let products run in bfloat16."
     with torch.inference_mode(), fast_matmul(model.device):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=compute == "bfloat16"): yield
 
-# %% ../nbs/04_activations.ipynb #70824418
+# %% ../nbs/04_activations.ipynb #0f3574bc
 def _run_batch(model, tokens, sites, first, compute):
     "Activations [n, d] and norms [n] of one batch, by site, in float32 on the CPU."
     with _precision(model, compute):
@@ -93,7 +93,7 @@ def _run_batch(model, tokens, sites, first, compute):
     found = {s: x.float().cpu() for s, x in found.items()}
     return {s: (x.flatten(0, 1), _norms(x, s, first).flatten()) for s, x in found.items()}
 
-# %% ../nbs/04_activations.ipynb #a5d7f054
+# %% ../nbs/04_activations.ipynb #06183a26
 def _stored(parts, norms, dtype, site, name):
     "Batches of activations as one tensor of `dtype`, or of float32 (with a warning) where float16 would overflow."
     largest = torch.finfo(torch.float16).max
@@ -103,7 +103,7 @@ def _stored(parts, norms, dtype, site, name):
                       "float32.", stacklevel=2)
     return torch.cat([x.to(getattr(torch, dtype)) for x in parts])
 
-# %% ../nbs/04_activations.ipynb #45167e28
+# %% ../nbs/04_activations.ipynb #9a86cc8e
 @contextmanager
 def _full_disk(folder):
     "Turn a full disk, however it is reported, into one clear error."
@@ -114,7 +114,7 @@ def _full_disk(folder):
         raise SparseCodingError(f"The disk that holds {folder} is full: free some space and run this again. The "
                                 "finished shards are kept, and the harvest goes on after them.") from e
 
-# %% ../nbs/04_activations.ipynb #be9751b4
+# %% ../nbs/04_activations.ipynb #a02e37ce
 def _write_shard(folder, meta, name, found):
     "Write one shard, then list it in meta.json with its size and checksum."
     tensors = {}
@@ -132,7 +132,7 @@ def _write_shard(folder, meta, name, found):
             write_json(folder/"meta.json", meta)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/04_activations.ipynb #b720f130
+# %% ../nbs/04_activations.ipynb #92b811f5
 def _fault(folder, name, entry, checksum=True):
     "What is wrong with a listed file, or None."
     path = folder/name
@@ -141,7 +141,7 @@ def _fault(folder, name, entry, checksum=True):
     if size != entry["size"]: return f"is truncated ({size:,} bytes instead of {entry['size']:,})"
     if checksum and sha256(path) != entry["sha256"]: return "was altered (its checksum is another)"
 
-# %% ../nbs/04_activations.ipynb #4629b0f1
+# %% ../nbs/04_activations.ipynb #7dc6e808
 def _read_meta(folder):
     "A store's meta.json; raises if it cannot be read."
     try: return read_json(folder/"meta.json")
@@ -149,7 +149,7 @@ def _read_meta(folder):
         raise SparseCodingError(f"{folder} is no activation store (meta.json: {e}): delete it, or name another "
                                 "folder.") from e
 
-# %% ../nbs/04_activations.ipynb #416f51ec
+# %% ../nbs/04_activations.ipynb #2ded2efc
 def _resume(folder, plan):
     "The meta data to go on with: from scratch, or without the files that turn out to be damaged."
     if not (folder/"meta.json").exists(): return {**plan, "files": {}}
@@ -164,7 +164,7 @@ def _resume(folder, plan):
             del meta["files"][name]
     return meta
 
-# %% ../nbs/04_activations.ipynb #46f1d3f3
+# %% ../nbs/04_activations.ipynb #d6beb7bc
 def _write_tokens(folder, meta, rows):
     "Copy the rows' token ids into the store."
     part = folder/"tokens.npy.tmp"
@@ -174,13 +174,13 @@ def _write_tokens(folder, meta, rows):
         os.replace(part, folder/"tokens.npy")
         write_json(folder/"meta.json", meta)
 
-# %% ../nbs/04_activations.ipynb #d75ab969
+# %% ../nbs/04_activations.ipynb #1920d7a2
 def _shards(meta):
     "Name and rows [a, b) of every shard a complete store has."
     n, k = meta["n_rows"], meta["shard_rows"]
     return {f"shard-{i:05d}.safetensors": (a, min(a + k, n)) for i, a in enumerate(range(0, n, k))}
 
-# %% ../nbs/04_activations.ipynb #6b100490
+# %% ../nbs/04_activations.ipynb #daada136
 def relative_error(
     x:Float[Tensor, "n d"], # approximate vectors
     y:Float[Tensor, "n d"], # exact ones
@@ -188,7 +188,7 @@ def relative_error(
     "Root of the squared error over the squared length, both summed over all vectors."
     return float((x.double() - y.double()).norm()/y.double().norm())
 
-# %% ../nbs/04_activations.ipynb #e3509787
+# %% ../nbs/04_activations.ipynb #7e92c19f
 def _compute_error(model, rows, sites, compute):
     "Relative error of another number format on the first 512 tokens or so, by site."
     tokens = np.asarray(rows.tokens[:max(1, 512//rows.row_len)])
@@ -196,7 +196,7 @@ def _compute_error(model, rows, sites, compute):
     x, y = (_run_batch(model, tokens, sites, 0, how) for how in (compute, "float32"))
     return {str(s): relative_error(x[s][0][inner], y[s][0][inner]) for s in sites}
 
-# %% ../nbs/04_activations.ipynb #6158b4d7
+# %% ../nbs/04_activations.ipynb #7c0f9804
 def _run_shard(model, rows, meta, sites, a, b, bar):
     "Activations and norms of rows [a, b), by site, as a list of batches."
     parts = {s: [] for s in sites}
@@ -211,7 +211,7 @@ def _run_shard(model, rows, meta, sites, a, b, bar):
         bar.update(tokens.size)
     return parts
 
-# %% ../nbs/04_activations.ipynb #9cd37177
+# %% ../nbs/04_activations.ipynb #86b7bd68
 def harvest(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -234,7 +234,7 @@ def harvest(
     with _full_disk(folder): write_json(folder/"meta.json", meta)
     return ActivationStore(folder)
 
-# %% ../nbs/04_activations.ipynb #6f9249e0
+# %% ../nbs/04_activations.ipynb #cfda86de
 def _fill(model, rows, meta, sites, folder, progress):
     "Compute the shards that are missing; a second thread writes each while the next is computed."
     todo = {name: ab for name, ab in _shards(meta).items() if name not in meta["files"]}
@@ -251,7 +251,7 @@ def _fill(model, rows, meta, sites, folder, progress):
             waiting = writer.submit(_write_shard, folder, meta, name, found)
         waiting.result()
 
-# %% ../nbs/04_activations.ipynb #8655de76
+# %% ../nbs/04_activations.ipynb #66c073d7
 class ActivationStore:
     "Activations of some sites over some rows, in a folder, with the rule for which of them count."
     def __init__(self, folder:Path, # as written by `harvest`
@@ -268,7 +268,7 @@ class ActivationStore:
         sites = ", ".join(map(str, self.sites))
         return f"{self.n:,} activations of {self.meta['model_name']} at {sites}, rows of {self.row_len}"
 
-# %% ../nbs/04_activations.ipynb #dcc48bba
+# %% ../nbs/04_activations.ipynb #8d989c36
 @patch
 def verify(self:ActivationStore,
     checksums:bool=True, # read every byte; otherwise compare sizes only
@@ -281,7 +281,7 @@ def verify(self:ActivationStore,
                                           "is missing will be done.")
     return self
 
-# %% ../nbs/04_activations.ipynb #cf19db0f
+# %% ../nbs/04_activations.ipynb #552ecb7b
 @patch
 def d_in(self:ActivationStore,
     site:Site, # one of the store's
@@ -291,7 +291,7 @@ def d_in(self:ActivationStore,
     raise SparseCodingError(f"The store {self.folder} holds {', '.join(map(str, self.sites))}, not {site}: "
                             "harvest that site.")
 
-# %% ../nbs/04_activations.ipynb #615d5b3d
+# %% ../nbs/04_activations.ipynb #3cf8cb63
 @patch
 def check(self:ActivationStore,
     model:LanguageModel, # the model that is about to be used with it
@@ -301,7 +301,7 @@ def check(self:ActivationStore,
     raise SparseCodingError(f"The store {self.folder} was made with {self.meta['model_name']} ({self.meta['model']}), "
                             f"not with {model.name} ({model.fingerprint}): load that model, or harvest again with this one.")
 
-# %% ../nbs/04_activations.ipynb #3279dace
+# %% ../nbs/04_activations.ipynb #be2195d2
 @patch
 def _read(self:ActivationStore, key, a, b):
     "Pieces of one stored tensor that make up [a, b), as they are stored."
@@ -311,7 +311,7 @@ def _read(self:ActivationStore, key, a, b):
     for i, name in list(enumerate(self.shards))[a//width:(b - 1)//width + 1 if b > a else 0]:
         with safe_open(self.folder/name, "pt") as f: yield f.get_slice(key)[max(a - i*width, 0):min(b - i*width, width)]
 
-# %% ../nbs/04_activations.ipynb #8c1776ae
+# %% ../nbs/04_activations.ipynb #bb175be6
 @patch
 def read(self:ActivationStore,
     site:Site, # one of the store's
@@ -321,7 +321,7 @@ def read(self:ActivationStore,
     "Activations [a, b) of a site; raises for a range or a site the store does not have."
     return torch.cat([torch.empty(0, self.d_in(site)), *(x.float() for x in self._read(str(site), a, b))])
 
-# %% ../nbs/04_activations.ipynb #f2324c8f
+# %% ../nbs/04_activations.ipynb #3a04f193
 @patch
 def norms(self:ActivationStore,
     site:Site, # one of the store's
@@ -332,7 +332,7 @@ def norms(self:ActivationStore,
     self.d_in(site)
     return torch.cat([torch.empty(0), *self._read(f"{site}.norm", a, self.n if b is None else b)])
 
-# %% ../nbs/04_activations.ipynb #acd1a338
+# %% ../nbs/04_activations.ipynb #d131732f
 @patch
 def threshold(self:ActivationStore,
     site:Site, # one of the store's
@@ -346,7 +346,7 @@ def threshold(self:ActivationStore,
         self._thresholds[site, first] = self.max_norm*float(np.median(norms.flatten()[:first].numpy()))
     return self._thresholds[site, first]
 
-# %% ../nbs/04_activations.ipynb #ad6ec023
+# %% ../nbs/04_activations.ipynb #6aa9ee9c
 @patch
 def keep(self:ActivationStore,
     site:Site, # one of the store's
@@ -358,13 +358,13 @@ def keep(self:ActivationStore,
     if self.drop_first: keep[-a % self.row_len::self.row_len] = False
     return keep
 
-# %% ../nbs/04_activations.ipynb #5bd5dcf9
+# %% ../nbs/04_activations.ipynb #6b111116
 @patch
 def _chunks(self:ActivationStore, size=2**20):
     "Ranges that cover the store."
     return ((a, min(a + size, self.n)) for a in range(0, self.n, size))
 
-# %% ../nbs/04_activations.ipynb #e9838953
+# %% ../nbs/04_activations.ipynb #05ae2be9
 def _drop_counts(store, site):
     "For every token id: occurrences off position 0, and how many of them are too long; then what position 0 loses."
     seen, long, first = np.zeros(0, int), np.zeros(0, int), 0
@@ -378,7 +378,7 @@ def _drop_counts(store, site):
         first += int(dropped[:, 0].sum())
     return seen, long, first
 
-# %% ../nbs/04_activations.ipynb #6a489c6e
+# %% ../nbs/04_activations.ipynb #7bfe0f34
 @patch
 def dropped(self:ActivationStore,
     site:Site, # one of the store's
@@ -393,7 +393,7 @@ def dropped(self:ActivationStore,
     kinds = [line("position 0", first, self.n//self.row_len), line("too long, elsewhere", long.sum(), seen.sum())]
     return kinds + [line(show(t), long[t], seen[t]) for t in ids]
 
-# %% ../nbs/04_activations.ipynb #8ee46097
+# %% ../nbs/04_activations.ipynb #d057c7ec
 @patch
 def mean_square(self:ActivationStore,
     site:Site, # one of the store's
@@ -406,7 +406,7 @@ def mean_square(self:ActivationStore,
     if n == 0: raise SparseCodingError(f"No activation at {site} is kept: drop_first and max_norm leave nothing.")
     return total/n
 
-# %% ../nbs/04_activations.ipynb #d5001a71
+# %% ../nbs/04_activations.ipynb #ac01bd0a
 def estimate_harvest(
     model:LanguageModel, # that will run
     n_tokens:int, # to be harvested
@@ -426,7 +426,7 @@ def estimate_harvest(
     free = shutil.disk_usage(cache_dir()).free
     return {"seconds": n_tokens/rate, "bytes": size, "tokens_per_second": rate, "free": free}
 
-# %% ../nbs/04_activations.ipynb #faad9dfd
+# %% ../nbs/04_activations.ipynb #2686c942
 def load_store(
     model:LanguageModel, # runs over the text
     rows:Rows, # the text
@@ -444,7 +444,7 @@ def load_store(
         with FileLock(folder.with_suffix(".lock")): make(folder)
     return ActivationStore(folder, drop_first=drop_first, max_norm=max_norm)
 
-# %% ../nbs/04_activations.ipynb #4f3bf8aa
+# %% ../nbs/04_activations.ipynb #78aaeecd
 def plan_epoch(
     counts, # kept activations of each block
     per_group:int, # blocks held in memory together
@@ -456,7 +456,7 @@ def plan_epoch(
     ends = np.cumsum([counts[g].sum() for g in groups])
     return [(g, int(e - counts[g].sum()), int(e)) for g, e in zip(groups, ends)]
 
-# %% ../nbs/04_activations.ipynb #e37f03aa
+# %% ../nbs/04_activations.ipynb #d951decc
 def _read_group(store, site, blocks, block, n):
     "The kept activations of some blocks, in the order of the disk."
     exact = any(e["dtype"][str(site)] != "float16" for e in (store.meta["files"][s] for s in store.shards))
@@ -468,7 +468,7 @@ def _read_group(store, site, blocks, block, n):
         at += len(kept)
     return x
 
-# %% ../nbs/04_activations.ipynb #4e2ff92f
+# %% ../nbs/04_activations.ipynb #4826b758
 def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group):
     "The batches of one epoch from number `first` on."
     place, parts = first*batch_size, []
@@ -486,7 +486,7 @@ def _epoch(store, site, batch_size, seed, epoch, first, counts, block, per_group
                 parts = []
         del x                                                  # one group in memory, not two
 
-# %% ../nbs/04_activations.ipynb #5a5bf144
+# %% ../nbs/04_activations.ipynb #80d4bbde
 def batches(
     store:ActivationStore, # on disk
     site:Site, # one of its sites
