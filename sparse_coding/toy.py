@@ -6,7 +6,7 @@
 __all__ = ['strongest', 'distinct_tokens', 'fig1', 'readable', 'mean_by_token', 'neuron_basis', 'outliers', 'by_range',
            'train_superposition', 'represented', 'interference', 'judge_superposition', 'ToyFeatures', 'mmcs_null']
 
-# %% ../nbs/06_toy.ipynb #1a0235d0
+# %% ../nbs/06_toy.ipynb #fa728938
 from contextlib import contextmanager
 from dataclasses import dataclass
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .core import SparseCodingError, rule
 from .dictionaries import Dictionary, TiedSAE, unit_rows
 from .plots import COLORS, shades
 
-# %% ../nbs/06_toy.ipynb #2399b095
+# %% ../nbs/06_toy.ipynb #bfc65d96
 def strongest(
     dictionary:Dictionary, # whose features
     x:Float[Tensor, "n d_in"], # activations
@@ -36,7 +36,7 @@ def strongest(
         best = order.values, found.gather(0, order.indices)
     return best
 
-# %% ../nbs/06_toy.ipynb #21f0e2fc
+# %% ../nbs/06_toy.ipynb #7a57d5c1
 def distinct_tokens(
     ids:Int[Tensor, "n"], # token id of every row
     found:Int[Tensor, "k d_sae"], # rows, as from `strongest`
@@ -45,7 +45,7 @@ def distinct_tokens(
     tokens = ids[found].sort(0).values
     return 1 + (tokens[1:] != tokens[:-1]).sum(0)
 
-# %% ../nbs/06_toy.ipynb #2e0d45b9
+# %% ../nbs/06_toy.ipynb #168833f2
 def fig1(
     x:Float[Tensor, "s d_in"], # activations of a few tokens in a row
     tokens:list[str], # their text
@@ -63,10 +63,10 @@ def fig1(
     axes[1].plot(active.tolist().index(feature), 1.02, "v", color=COLORS["target"], clip_on=False,
                  transform=axes[1].get_xaxis_transform())
     axes[2].barh([t for t, _ in top][::-1], [v for _, v in top][::-1], color=COLORS["target"])
-    axes[2].set(title=f"c) interpret feature {feature}\n", xlabel="mean activation on this token")
+    axes[2].set(title=f"c) read feature {feature}\n", xlabel="mean activation")
     return fig
 
-# %% ../nbs/06_toy.ipynb #9f407455
+# %% ../nbs/06_toy.ipynb #4d41bec8
 def _heat(ax, values, cmap, labels, title, xlabel):
     "A matrix as an image, clipped so that a few large values do not hide the rest."
     high = values.abs().flatten().quantile(.95).item() or 1.
@@ -75,14 +75,14 @@ def _heat(ax, values, cmap, labels, title, xlabel):
     ax.tick_params(axis="y", labelsize=7)
     ax.grid(False)
 
-# %% ../nbs/06_toy.ipynb #5ab946a7
+# %% ../nbs/06_toy.ipynb #5a75276c
 def readable(
     text:str, # a token
 ) -> str: # visible on a page and in a figure
     "A token with its spaces and line ends made visible."
     return repr(text)[1:-1].replace(" ", "␣").replace("$", r"\$")
 
-# %% ../nbs/06_toy.ipynb #62695191
+# %% ../nbs/06_toy.ipynb #e67911e5
 def mean_by_token(
     ids:Int[Tensor, "n"], # token id of every row
     values:Float[Tensor, "n"], # activation of every row
@@ -95,7 +95,7 @@ def mean_by_token(
     best = torch.where(counts >= at_least, means, -1.).argsort(descending=True)[:k]
     return [(tokens[i].item(), means[i].item()) for i in best]
 
-# %% ../nbs/06_toy.ipynb #c654d89d
+# %% ../nbs/06_toy.ipynb #ce4e0843
 def neuron_basis(
     d_in:int, # width of the activations
 ) -> Dictionary: # one feature per coordinate, firing on its positive side
@@ -104,7 +104,7 @@ def neuron_basis(
     basis.M.data = torch.eye(d_in)
     return basis
 
-# %% ../nbs/06_toy.ipynb #be6cf8ad
+# %% ../nbs/06_toy.ipynb #2778d140
 def outliers(
     x:Float[Tensor, "n d_in"], # activations
     times:float=10., # the energy of an outlier, in medians
@@ -113,7 +113,7 @@ def outliers(
     energy = x.pow(2).mean(0)
     return energy > times*energy.median()
 
-# %% ../nbs/06_toy.ipynb #48e6de32
+# %% ../nbs/06_toy.ipynb #2f61d99d
 def by_range(
     values:Float[Tensor, "n"], # activations of one direction
     parts:int=4, # ranges of equal width between 0 and the maximum
@@ -124,7 +124,7 @@ def by_range(
     inside = lambda lo, hi: order[(values[order] > lo) & (values[order] <= hi)]
     return [(lo, hi, inside(lo, hi)) for lo, hi in zip(edges, edges[1:])][::-1]
 
-# %% ../nbs/06_toy.ipynb #3e00b783
+# %% ../nbs/06_toy.ipynb #d4023a57
 @contextmanager
 def _one_thread():
     "Small tensors are faster on one thread: two would mostly wait for each other."
@@ -133,7 +133,7 @@ def _one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/06_toy.ipynb #00605f11
+# %% ../nbs/06_toy.ipynb #1828ddfd
 @_one_thread()
 def train_superposition(
     density:list[float], # p: probability that a feature is present; one group of models each
@@ -157,7 +157,7 @@ def train_superposition(
         opt.zero_grad(); (importance*(x - x_hat).pow(2)).sum().div(256).backward(); opt.step(); schedule.step()
     return W.detach()
 
-# %% ../nbs/06_toy.ipynb #833ca198
+# %% ../nbs/06_toy.ipynb #1e0d9ca9
 def represented(
     W:Float[Tensor, "*b n m"], # directions of the features
 ) -> Int[Tensor, "*b"]: # at most n
@@ -172,7 +172,7 @@ def interference(
     there = W.norm(dim=-1) > .5
     return (others*there).sum(-1)/there.sum(-1).clamp(min=1)
 
-# %% ../nbs/06_toy.ipynb #e9117a4c
+# %% ../nbs/06_toy.ipynb #3c9c263b
 @rule("P1-superpos")
 def judge_superposition(
     rec:dict, # a record whose `measured` holds lists over seeds: sparse, dense; and m
@@ -182,7 +182,7 @@ def judge_superposition(
     needs, shows = max(dense) <= m, min(sparse) > m
     return "holds" if needs and shows else "partly" if needs or shows else "does not hold"
 
-# %% ../nbs/06_toy.ipynb #15c42815
+# %% ../nbs/06_toy.ipynb #0bb8eee5
 @dataclass
 class ToyFeatures:
     "Sparse sums of known directions."
@@ -205,7 +205,7 @@ class ToyFeatures:
         if self.values not in ("uniform", "product"):
             raise SparseCodingError(f'values must be "uniform" or "product", got "{self.values}".')
 
-# %% ../nbs/06_toy.ipynb #657b505b
+# %% ../nbs/06_toy.ipynb #df0ecfe2
 @patch
 def presence(self:ToyFeatures,
     k:int, # samples
@@ -217,7 +217,7 @@ def presence(self:ToyFeatures,
     z = self.correlation**.5*shared + (1 - self.correlation)**.5*own
     return torch.special.ndtr(z) < self.p
 
-# %% ../nbs/06_toy.ipynb #e18b4a2f
+# %% ../nbs/06_toy.ipynb #b190a159
 @patch
 def sample(self:ToyFeatures,
     k:int, # samples
@@ -229,7 +229,7 @@ def sample(self:ToyFeatures,
     a = there*(size[0] if self.values == "uniform" else size.prod(0))
     return a @ self.features + self.noise*torch.randn(k, self.d, generator=generator), a
 
-# %% ../nbs/06_toy.ipynb #3dfc060b
+# %% ../nbs/06_toy.ipynb #6373759f
 def mmcs_null(
     n:int, # directions to look among
     d:int, # dimensions, at least 2

@@ -8,7 +8,7 @@ __all__ = ['MOMENTS', 'sae_loss', 'eq4_alpha', 'input_scale', 'train_step', 'ada
            'judge_recovery', 'stores', 'build', 'site_recipes', 'estimate_training', 'in_order', 'metadata',
            'train_site', 'save_dictionaries', 'dictionary', 'plot_log', 'fig6']
 
-# %% ../nbs/07_training.ipynb #22aa5539
+# %% ../nbs/07_training.ipynb #3c3738b1
 import json, os, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -32,7 +32,7 @@ from .models import LanguageModel, load_model
 from .plots import save_figure, shades, stamp, use_style
 from .toy import ToyFeatures
 
-# %% ../nbs/07_training.ipynb #f6da9006
+# %% ../nbs/07_training.ipynb #41b464bb
 def sae_loss(
     sae:Dictionary, # to be trained
     x:Float[Tensor, "batch d_in"], # activations, scaled as the dictionary expects them
@@ -43,7 +43,7 @@ def sae_loss(
     error = (x - sae.decode(c)).pow(2).sum(-1).mean()
     return error + alpha*c.abs().sum(-1).mean(), error, c
 
-# %% ../nbs/07_training.ipynb #edfd74f3
+# %% ../nbs/07_training.ipynb #500eb7d4
 def eq4_alpha(
     alpha:float, # in the unit `unit`
     unit:str, # "paper": eq. (4); "code": squared error averaged over d
@@ -60,7 +60,7 @@ def input_scale(
     "What activations are multiplied by before training."
     return 1. if unit == "code" else mean_square**-.5
 
-# %% ../nbs/07_training.ipynb #93b165c3
+# %% ../nbs/07_training.ipynb #b3a035c1
 def train_step(
     saes:list[Dictionary], # all of them see the same batch
     alphas:list[float], # one each, eq. (4)
@@ -78,7 +78,7 @@ def train_step(
     for sae in saes: sae.project_()
     return rows
 
-# %% ../nbs/07_training.ipynb #77acfd03
+# %% ../nbs/07_training.ipynb #6c545656
 def adam(
     saes:list[Dictionary], # whose parameters are trained
     lr:float=1e-3, # the paper's learning rate
@@ -86,7 +86,7 @@ def adam(
     "Adam as torch has it, one fused update for all dictionaries."
     return torch.optim.Adam([q for sae in saes for q in sae.parameters()], lr=lr, fused=True)
 
-# %% ../nbs/07_training.ipynb #75d88b2c
+# %% ../nbs/07_training.ipynb #62031331
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def save_checkpoint(
@@ -104,7 +104,7 @@ def save_checkpoint(
     save_file({k: v.contiguous() for k,v in tensors.items()}, part)
     os.replace(part, path)
 
-# %% ../nbs/07_training.ipynb #830bc903
+# %% ../nbs/07_training.ipynb #04e1855b
 def load_checkpoint(
     path:Path, # written by `save_checkpoint`
     saes:list[Dictionary], # the same kinds and shapes, filled in place
@@ -118,7 +118,7 @@ def load_checkpoint(
             state = {m: tensors[f"{i}.{name}.{m}"] for m in MOMENTS}
             optimizer.state[q] = {m: v if m == "step" else v.to(q.device) for m,v in state.items()}
 
-# %% ../nbs/07_training.ipynb #3afa677b
+# %% ../nbs/07_training.ipynb #c5844182
 def resume(
     folder:Path, # of the run
     saes:list[Dictionary], # filled in place
@@ -146,7 +146,7 @@ def checkpoint(
     for old in folder.glob("step-*.safetensors"):
         if old != new: old.unlink()
 
-# %% ../nbs/07_training.ipynb #dce91885
+# %% ../nbs/07_training.ipynb #ced2c7cf
 def train(
     saes:list[Dictionary], # trained in place, all on one stream
     alphas:list[float], # one each, eq. (4)
@@ -174,7 +174,7 @@ def train(
     bar.close()
     return folder
 
-# %% ../nbs/07_training.ipynb #af83687b
+# %% ../nbs/07_training.ipynb #4c77a773
 def log_rows(
     log, # an open text file
     step:int, # 1-based
@@ -196,7 +196,7 @@ def read_log(
     return {i: {k: np.array([r[k] for r in rows if r["sae"] == i]) for k in ("step", "loss", "fvu", "l0")}
             for i in sorted({r["sae"] for r in rows})}
 
-# %% ../nbs/07_training.ipynb #47954b86
+# %% ../nbs/07_training.ipynb #ab0bc007
 def toy_stream(
     toy:ToyFeatures, # the world
     batch_size:int, # vectors per step
@@ -211,7 +211,7 @@ def toy_stream(
             start += 1
     return stream
 
-# %% ../nbs/07_training.ipynb #7c175c26
+# %% ../nbs/07_training.ipynb #d1a47ca1
 def recover(
     sizes:Iterable[int], # d_sae of the dictionaries
     alphas:Iterable[float], # eq. (4)
@@ -229,7 +229,7 @@ def recover(
     found = [mmcs(sae.W_dec.detach(), toy.features) for sae in saes]
     return np.array(found).reshape(len(sizes), len(alphas))
 
-# %% ../nbs/07_training.ipynb #da9279f8
+# %% ../nbs/07_training.ipynb #ae8268c7
 def plot_recovery(
     found:Float[np.ndarray, "sizes alphas"], # from `recover`
     sizes:Iterable[int], # d_sae
@@ -246,14 +246,14 @@ def plot_recovery(
     fig.colorbar(image, label="mean max cosine\nto the 64 true features")
     return fig
 
-# %% ../nbs/07_training.ipynb #9acf4c8b
+# %% ../nbs/07_training.ipynb #0f473479
 @rule("P1-recover")
 def judge_recovery(rec):
     "Above 0.9 in new worlds, where random directions are below."
     if rec["random"] >= .9: return "not comparable"
     return "holds" if rec["ci95"][0] > .9 else "partly" if rec["measured"] > .9 else "does not hold"
 
-# %% ../nbs/07_training.ipynb #284d94a6
+# %% ../nbs/07_training.ipynb #4bd6491b
 def stores(
     p:Preset, # corpus, counts, dropping rule
     model:LanguageModel, # under study
@@ -265,7 +265,7 @@ def stores(
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
     return store("train", p.n_tokens), store("heldout", p.n_heldout)
 
-# %% ../nbs/07_training.ipynb #e4427bc4
+# %% ../nbs/07_training.ipynb #b6426db8
 def build(
     recipe:Recipe, # what it is
     d_in:int, # width of its site
@@ -283,7 +283,7 @@ def site_recipes(
     "The recipes of the study that read at one site."
     return [r for r in study(p) if r.site == site]
 
-# %% ../nbs/07_training.ipynb #24f67070
+# %% ../nbs/07_training.ipynb #f67b9bcb
 def estimate_training(
     recipes:list[Recipe], # trained together
     d_in:int, # width of the site
@@ -298,7 +298,7 @@ def estimate_training(
     weights = sum(4*4*h*d_in*(1 if r.tied else 2) for h,r in zip(widths, recipes))
     return {"seconds": operations*seconds_per_op/efficiency, "bytes": int(weights + 4*4*batch_size*max(widths))}
 
-# %% ../nbs/07_training.ipynb #e84bf53c
+# %% ../nbs/07_training.ipynb #10b0b0c7
 def in_order(
     store:ActivationStore, # held-out, usually
     site:Site, # which activations
@@ -320,7 +320,7 @@ def metadata(
                 drop_first=p.drop_first, max_norm=p.max_norm, context_size=p.row_len, prepend_bos=False,
                 alpha_unit=p.alpha_unit, provenance=provenance(p))
 
-# %% ../nbs/07_training.ipynb #cf21733b
+# %% ../nbs/07_training.ipynb #a352b1c3
 def train_site(
     p:Preset, # steps, batch, learning rate, unit of alpha
     model:LanguageModel, # under study
@@ -333,7 +333,8 @@ def train_site(
     if not recipes: raise SparseCodingError(f"The study of preset {p.name} has no dictionary at {site}.")
     scale = input_scale(store.mean_square(site), p.alpha_unit)
     config = dict(store=store.folder.name, heldout=heldout.folder.name, site=site, recipes=[asdict(r) for r in recipes],
-                  steps=p.steps, batch_size=p.batch_size, lr=p.lr, alpha_unit=p.alpha_unit, seed=p.seed, scale=scale)
+                  drop_first=p.drop_first, max_norm=p.max_norm, steps=p.steps, batch_size=p.batch_size, lr=p.lr,
+                  alpha_unit=p.alpha_unit, seed=p.seed, scale=scale)
     on = device()
     def stream(start):
         for x in batches(store, site, p.batch_size, p.seed, start, p.steps - start): yield x.to(on)*scale
@@ -344,7 +345,7 @@ def train_site(
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries))
 
-# %% ../nbs/07_training.ipynb #50debfa7
+# %% ../nbs/07_training.ipynb #fd480178
 def save_dictionaries(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -364,7 +365,7 @@ def save_dictionaries(
         results.append(dict(ratio=r.ratio, alpha=r.alpha, d_sae=sae.d_sae, **found))
     write_json(folder/"results.json", results)
 
-# %% ../nbs/07_training.ipynb #36c773f0
+# %% ../nbs/07_training.ipynb #0ddbbef9
 def dictionary(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -376,7 +377,7 @@ def dictionary(
     folder = train_site(p, model, *stores(p, model, [recipe.site]), recipe.site)
     return load_dictionary(folder/f"{recipes.index(recipe):02}").check(model, recipe.site)
 
-# %% ../nbs/07_training.ipynb #720115ca
+# %% ../nbs/07_training.ipynb #10910207
 def plot_log(
     log:dict, # from `read_log`
     recipes:list[Recipe], # one per entry of the log
@@ -392,7 +393,7 @@ def plot_log(
     fig.legend(*axes[1].get_legend_handles_labels(), title=r"$\alpha$", loc="outside right center")
     return fig
 
-# %% ../nbs/07_training.ipynb #6e85c46a
+# %% ../nbs/07_training.ipynb #f35756e4
 def fig6(
     results:list[dict], # ratio, alpha, l0, fvu of each dictionary
 ) -> plt.Figure:

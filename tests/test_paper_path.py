@@ -1,9 +1,10 @@
 """The `paper` preset's code path, offline: the same cells on a tiny random GPT-NeoX and a local corpus, with small counts."""
-import json, os, subprocess, sys
+import json, os, subprocess
 from pathlib import Path
 
 import pytest
 
+from command import COMMAND
 from test_notebooks import NOTEBOOKS
 from tiny import tiny_model
 
@@ -28,7 +29,7 @@ def tiny_neox(tmp_path_factory):
 def test_notebook_at_paper_settings(path, tiny_neox, tmp_path):
     model, corpus = tiny_neox
     sets = [f"--set={k}={json.dumps(v)}" for k,v in COUNTS.items()]
-    command = [sys.executable, "-m", "sparse_coding.reproduce", "reproduce", "--preset", "paper", "--model", str(model),
+    command = [*COMMAND, "reproduce", "--preset", "paper", "--model", str(model),
                "--corpus", str(corpus), "--layers", "1,2", "--only", path.stem, "--out", str(tmp_path), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]

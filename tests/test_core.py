@@ -1,0 +1,107 @@
+"""The core where a notebook page would be too dull: processes that die or race, archives that are wrong, folders that cannot be written."""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from sparse_coding import core
+from sparse_coding.core import SparseCodingError, fetch, load_or_compute, preset, record, report, verdict
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from sparse_coding.core import load_or_compute
+def compute(folder):
+    with open(Path(os.environ["LOG"]), "a") as f: f.write("start\\n")
+    for i in range(20):
+        part = folder/f"{i}.txt"
+        if part.exists(): continue
+        time.sleep(.1)
+        part.write_text(str(i))
+print(load_or_compute("slow", {"x": 1}, compute))
+"""
+
+
+@pytest.fixture
+def slow(own_cache, tmp_path):
+    env = {**os.environ, "LOG": str(tmp_path/"log")}
+    start = lambda: subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True, env=env)
+    return start, tmp_path/"log"
+
+
+def test_killed_work_is_continued_and_appears_whole(slow, own_cache):
+    start, log = slow
+    first = start()
+    while not list(own_cache.glob("slow/*.partial/3.txt")): time.sleep(.02)
+    first.send_signal(signal.SIGKILL); first.wait()
+    kept = len(list(own_cache.glob("slow/*.partial/*.txt")))
+    assert 3 <= kept < 20 and not [p for p in own_cache.glob("slow/*") if p.is_dir() and p.suffix != ".partial"]
+    second = start()
+    folder = Path(second.communicate()[0].strip())
+    assert sorted(int(p.stem) for p in folder.glob("*.txt")) == list(range(20))
+    assert not list(own_cache.glob("slow/*.partial"))
+
+
+def test_two_processes_do_the_work_once(slow):
+    start, log = slow
+    both = [start(), start()]
+    outputs = {p.communicate()[0] for p in both}
+    assert len(outputs) == 1 and log.read_text() == "start\n"
+
+
+def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(own_cache, tmp_path, monkeypatch):
+    good = fetch("chatterbot")
+    stick = tmp_path/"stick"; stick.mkdir()
+    shutil.copy(good, stick)
+    good.write_bytes(good.read_bytes()[:1000])
+    assert core.sha256(fetch("chatterbot", source=stick)) == core.WHEELS["chatterbot"][1]
+    next(stick.glob("*.whl")).write_bytes(good.read_bytes()[:-10] + b"0123456789")
+    fetch("chatterbot").unlink()
+    with pytest.raises(SparseCodingError, match="hash is not the pinned one"): fetch("chatterbot", source=stick)
+
+
+def test_without_pip_there_is_one_clear_sentence(own_cache, monkeypatch):
+    monkeypatch.setattr(core.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SparseCodingError, match="no pip"): fetch("chatterbot")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path/"file").write_text("in the way")
+    monkeypatch.setenv("SPARSE_CODING_CACHE", str(tmp_path/"file"/"cache"))
+    with pytest.raises(SparseCodingError, match="SPARSE_CODING_CACHE"): core.cache_dir()
+
+
+def test_unknown_preset_is_refused(monkeypatch):
+    monkeypatch.setenv("SPARSE_CODING_PRESET", "huge")
+    with pytest.raises(SparseCodingError, match="quick, laptop, paper"): preset()
+
+
+def test_the_hash_of_code_follows_helpers_methods_and_constants(tmp_path, monkeypatch):
+    "Against a module written to disk in variants; only those that compute something else may differ."
+    base = ("SIZE = 3\nclass A:\n    def go(self, x): return helper(x)\ndef helper(x): return x + SIZE\n"
+            "def job(x): return A().go(x)\n")
+    variants = {"same": base.replace("def job(x): return", "def job(x:int)->int:\n    'Words.'\n    # more\n    return"),
+                "constant": base.replace("SIZE = 3", "SIZE = 4"), "helper": base.replace("x + SIZE", "x - SIZE"),
+                "method": base.replace("return helper(x)", "return helper(x) + 0"), "base": base}
+    hashes = {}
+    for name,text in variants.items():
+        path = tmp_path/f"{name}.py"; path.write_text(text)
+        spec = core.importlib.util.spec_from_file_location(f"sparse_coding.{name}", path)
+        module = core.importlib.util.module_from_spec(spec); sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        hashes[name] = core.code_hash(module.job)
+        del sys.modules[spec.name]
+    assert hashes["same"] == hashes["base"]
+    assert len(set(hashes.values())) == 4
+
+
+def test_records_keep_each_other_and_verdicts_follow(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_CODING_LEDGER", str(tmp_path/"claims.json"))
+    record("P1-fig1", "drawn")
+    record("P1-recover", .97, (.95, .99), n=5, random=.6)
+    record("P1-recover", .95, (.85, .99), n=5, random=.6)
+    rows = {r["id"]: r for r in report(tmp_path/"claims.json")}
+    assert rows["P1-fig1"]["verdict"] == "not comparable" and rows["P1-recover"]["verdict"] == "partly"
+    assert {"id", "paper", "section", "figure", "claim", "paper_value", "rule", "measured", "ci95", "n", "seed", "preset", "model",
+            "verdict", "seconds", "commit"} <= set(rows["P1-recover"])
+    assert {r["verdict"] for r in rows.values()} == {"not comparable", "partly", "not measured"}
