@@ -8,7 +8,7 @@ __all__ = ['PRELUDE', 'MARKERS', 'notebooks', 'code_of', 'choose', 'Runner', 'No
            'table', 'write_readme', 'preset_arguments', 'choice_arguments', 'parser', 'preset_from', 'run_reproduce',
            'run_fetch', 'run_report', 'run_bench', 'main']
 
-# %% ../nbs/90_reproduce.ipynb #19fc373f
+# %% ../nbs/90_reproduce.ipynb #d5f15c0b
 import argparse, hashlib, json, logging, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,7 +26,7 @@ from .core import (CLAIMS, PRESETS, WHEELS, Preset, SparseCodingError, fetch, pr
 from .models import load_model
 from .training import estimate_training
 
-# %% ../nbs/90_reproduce.ipynb #6dc85510
+# %% ../nbs/90_reproduce.ipynb #9d133451
 def notebooks() -> list[Path]:
     "All notebooks of the spine, in order; raises `SparseCodingError` outside a checkout."
     if not (root := repository()):
@@ -39,7 +39,7 @@ def code_of(
     "The code of a notebook."
     return "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
 
-# %% ../nbs/90_reproduce.ipynb #51031054
+# %% ../nbs/90_reproduce.ipynb #32f7de74
 def choose(
     only:str=None, # beginnings of notebook names, comma separated: "07" or "06,07_training"
     figure:str=None, # a figure of the paper: "6"
@@ -56,7 +56,7 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} yet: the index is in README.md.")
     return paths
 
-# %% ../nbs/90_reproduce.ipynb #2c86b48b
+# %% ../nbs/90_reproduce.ipynb #a465416b
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
 class Runner(NotebookClient):
@@ -73,7 +73,7 @@ class Runner(NotebookClient):
         client.execute(PRELUDE, silent=True)
         return client
 
-# %% ../nbs/90_reproduce.ipynb #682815ca
+# %% ../nbs/90_reproduce.ipynb #603819b5
 class NotebookFailed(SparseCodingError):
     "A notebook stopped before its end."
 
@@ -87,7 +87,7 @@ def failure(
     else: reason = "its kernel died, most likely for want of memory"
     return f"{path.stem} stopped: {reason}"
 
-# %% ../nbs/90_reproduce.ipynb #a548f998
+# %% ../nbs/90_reproduce.ipynb #dc0243bd
 def interruptible(
     client:NotebookClient, # about to execute
     env:dict, # environment of its kernel
@@ -101,7 +101,7 @@ def interruptible(
             if client.km and client.km.has_kernel: client.km.provisioner.process.kill()
             raise
 
-# %% ../nbs/90_reproduce.ipynb #9451cac5
+# %% ../nbs/90_reproduce.ipynb #e2c6194b
 def execute(
     path:Path, # the notebook
     out:Path, # where the executed copy goes, also when it fails
@@ -122,7 +122,7 @@ def execute(
         nbformat.write(nb, out)
     return time.perf_counter() - start
 
-# %% ../nbs/90_reproduce.ipynb #45ab604f
+# %% ../nbs/90_reproduce.ipynb #bc4ca1df
 def estimate(
     p:Preset, # in force
     paths:list[Path], # the notebooks that would run
@@ -137,7 +137,7 @@ def estimate(
     return {"start": 7.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],
             "disk": harvest["bytes"] + weights, "memory": int(.6e9) + weights + training["bytes"]}
 
-# %% ../nbs/90_reproduce.ipynb #281634d3
+# %% ../nbs/90_reproduce.ipynb #2c3ce1fa
 def estimate_line(
     p:Preset, # in force
     cost:dict, # from `estimate`
@@ -148,7 +148,7 @@ def estimate_line(
             f"(harvest {cost['harvest']/60:.1f}, training {cost['training']/60:.1f}, the rest starting and drawing), "
             f"{cost['disk']/1e9:.1f} GB of disk, {cost['memory']/1e9:.1f} GB of memory")
 
-# %% ../nbs/90_reproduce.ipynb #45486fec
+# %% ../nbs/90_reproduce.ipynb #f61f21ac
 def done_key(
     path:Path, # a notebook
     p:Preset, # in force
@@ -168,7 +168,7 @@ def environment(
             "SPARSE_CODING_LEDGER": str(ledger), "TOKENIZERS_PARALLELISM": "false",
             "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
-# %% ../nbs/90_reproduce.ipynb #034ac2e7
+# %% ../nbs/90_reproduce.ipynb #bc691e43
 def ledger_of(
     p:Preset, # in force
     out:Path, # folder of the run
@@ -177,7 +177,7 @@ def ledger_of(
     "The claims file of a run."
     return repository()/"nbs"/"claims"/f"{p.name}.json" if in_place else Path(out)/"claims.json"
 
-# %% ../nbs/90_reproduce.ipynb #230fb1ba
+# %% ../nbs/90_reproduce.ipynb #b1c21c12
 def reproduce(
     p:Preset, # in force
     paths:list[Path], # notebooks, in order
@@ -202,7 +202,7 @@ def reproduce(
     if in_place: subprocess.run(["nbdev_clean", "--fname", str(repository()/"nbs")], check=True)
     return out
 
-# %% ../nbs/90_reproduce.ipynb #399567b7
+# %% ../nbs/90_reproduce.ipynb #96f6e8a0
 def show_number(
     v, # a number, text, dict or nothing
 ) -> str: # short
@@ -223,7 +223,7 @@ def table(
                      f"{show_number(r['measured'])}{interval} | {r['verdict']} |")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/90_reproduce.ipynb #9d687d15
+# %% ../nbs/90_reproduce.ipynb #9f7c286d
 MARKERS = "<!-- claims: written by `sparse-coding report --write` -->", "<!-- end of claims -->"
 
 def write_readme(
@@ -239,7 +239,7 @@ def write_readme(
     part.write_text(before + MARKERS[0] + "\n" + table(rows) + MARKERS[1] + rest.split(MARKERS[1])[1], encoding="utf-8")
     os.replace(part, readme)
 
-# %% ../nbs/90_reproduce.ipynb #46587c0f
+# %% ../nbs/90_reproduce.ipynb #eca44d5a
 def preset_arguments() -> argparse.ArgumentParser:
     "What is studied: options shared by most commands."
     top = argparse.ArgumentParser(add_help=False)
@@ -257,7 +257,7 @@ def choice_arguments() -> argparse.ArgumentParser:
     top.add_argument("--figure", metavar="N", help="the notebook that makes this figure of the paper")
     return top
 
-# %% ../nbs/90_reproduce.ipynb #38e0d054
+# %% ../nbs/90_reproduce.ipynb #887a393f
 def parser() -> argparse.ArgumentParser:
     "The arguments of `sparse-coding`."
     top = argparse.ArgumentParser("sparse-coding", description="Two papers on sparse autoencoders, as notebooks you can run.")
@@ -278,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (reporting, benching): command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return top
 
-# %% ../nbs/90_reproduce.ipynb #5b7fbcba
+# %% ../nbs/90_reproduce.ipynb #cdc9e89d
 def preset_from(
     args:argparse.Namespace, # with preset, model, corpus, layers and set
 ) -> Preset:
@@ -295,7 +295,7 @@ def preset_from(
     if args.preset: os.environ["SPARSE_CODING_PRESET"] = args.preset
     return preset(**changes)
 
-# %% ../nbs/90_reproduce.ipynb #b7e1968e
+# %% ../nbs/90_reproduce.ipynb #b52b89c7
 def run_reproduce(
     args:argparse.Namespace, # of `reproduce`
 ):
@@ -303,7 +303,7 @@ def run_reproduce(
     p, paths = preset_from(args), choose(args.only, args.figure)
     if args.in_place and not shutil.which("nbdev_clean"):
         raise SparseCodingError("--in-place needs nbdev: pip install -e '.[dev]'.")
-    if p.model == "embedded" or p.corpus == "embedded": run_fetch(None)
+    if "embedded" in (p.model, p.corpus): run_fetch(None)
     print(estimate_line(p, estimate(p, paths)))
     out = reproduce(p, paths, args.out or Path("out")/p.name, args.in_place, args.timeout)
     verdicts = [r["verdict"] for r in report(ledger_of(p, out, args.in_place))]
@@ -311,7 +311,7 @@ def run_reproduce(
     print(f"\nnotebooks  {repository()/'nbs' if args.in_place else out/'notebooks'}: {', '.join(q.stem for q in paths)}\n"
           f"figures    {out/'figures'}\nclaims     {out/'claims.md'} ({counts})")
 
-# %% ../nbs/90_reproduce.ipynb #af143d31
+# %% ../nbs/90_reproduce.ipynb #3ba7dabb
 def run_fetch(
     source:Path|None, # a folder of wheels, or None for the package index
 ):
@@ -336,7 +336,7 @@ def run_bench(
     if args.json: print(json.dumps(rows, indent=1)); return
     for row in rows: print("  ".join(f"{k} {show_number(v)}" for k,v in row.items()))
 
-# %% ../nbs/90_reproduce.ipynb #77bc89a0
+# %% ../nbs/90_reproduce.ipynb #bb522d48
 def main(
     argv:list[str]=None, # without it, the arguments of the process
 ) -> int: # exit status
