@@ -8,7 +8,7 @@ __all__ = ['MOMENTS', 'sae_loss', 'eq4_alpha', 'input_scale', 'train_step', 'ada
            'judge_recovery', 'stores', 'build', 'site_recipes', 'training_operations', 'estimate_training', 'in_order',
            'metadata', 'train_site', 'save_dictionaries', 'dictionary', 'plot_log', 'fig6']
 
-# %% ../nbs/07_training.ipynb #2149edd9
+# %% ../nbs/07_training.ipynb #2bbbde89
 import json, os, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -32,7 +32,7 @@ from .models import LanguageModel, load_model
 from .plots import save_figure, shades, stamp, use_style
 from .toy import ToyFeatures
 
-# %% ../nbs/07_training.ipynb #404c349e
+# %% ../nbs/07_training.ipynb #ba7b43b5
 def sae_loss(
     sae:Dictionary, # to be trained
     x:Float[Tensor, "batch d_in"], # activations, scaled as the dictionary expects them
@@ -43,7 +43,7 @@ def sae_loss(
     error = (x - sae.decode(c)).pow(2).sum(-1).mean()
     return error + alpha*c.abs().sum(-1).mean(), error, c
 
-# %% ../nbs/07_training.ipynb #848daf9b
+# %% ../nbs/07_training.ipynb #f2f34cd8
 def eq4_alpha(
     alpha:float, # in the unit `unit`
     unit:str, # "paper": eq. (4); "code": squared error averaged over d
@@ -60,7 +60,7 @@ def input_scale(
     "What activations are multiplied by before training."
     return 1. if unit == "code" else mean_square**-.5
 
-# %% ../nbs/07_training.ipynb #bec090fd
+# %% ../nbs/07_training.ipynb #9ea4b412
 def train_step(
     saes:list[Dictionary], # all of them see the same batch
     alphas:list[float], # one each, eq. (4)
@@ -78,7 +78,7 @@ def train_step(
     for sae in saes: sae.project_()
     return rows
 
-# %% ../nbs/07_training.ipynb #48dca9a6
+# %% ../nbs/07_training.ipynb #74ecede7
 def adam(
     saes:list[Dictionary], # whose parameters are trained
     lr:float=1e-3, # the paper's learning rate
@@ -86,7 +86,7 @@ def adam(
     "Adam as torch has it, one fused update for all dictionaries."
     return torch.optim.Adam([q for sae in saes for q in sae.parameters()], lr=lr, fused=True)
 
-# %% ../nbs/07_training.ipynb #71ad4d01
+# %% ../nbs/07_training.ipynb #220614dc
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def save_checkpoint(
@@ -104,7 +104,7 @@ def save_checkpoint(
     save_file({k: v.contiguous() for k,v in tensors.items()}, part)
     os.replace(part, path)
 
-# %% ../nbs/07_training.ipynb #1b8cfc8e
+# %% ../nbs/07_training.ipynb #1ea2adf5
 def load_checkpoint(
     path:Path, # written by `save_checkpoint`
     saes:list[Dictionary], # the same kinds and shapes, filled in place
@@ -118,7 +118,7 @@ def load_checkpoint(
             state = {m: tensors[f"{i}.{name}.{m}"] for m in MOMENTS}
             optimizer.state[q] = {m: v if m == "step" else v.to(q.device) for m,v in state.items()}
 
-# %% ../nbs/07_training.ipynb #1955289c
+# %% ../nbs/07_training.ipynb #8bda4ab9
 def resume(
     folder:Path, # of the run
     saes:list[Dictionary], # filled in place
@@ -146,7 +146,7 @@ def checkpoint(
     for old in folder.glob("step-*.safetensors"):
         if old != new: old.unlink()
 
-# %% ../nbs/07_training.ipynb #560883a1
+# %% ../nbs/07_training.ipynb #ae7bcbd7
 def train(
     saes:list[Dictionary], # trained in place, all on one stream
     alphas:list[float], # one each, eq. (4)
@@ -174,7 +174,7 @@ def train(
     bar.close()
     return folder
 
-# %% ../nbs/07_training.ipynb #414d86db
+# %% ../nbs/07_training.ipynb #4c29f695
 def log_rows(
     log, # an open text file
     step:int, # 1-based
@@ -196,7 +196,7 @@ def read_log(
     return {i: {k: np.array([r[k] for r in rows if r["sae"] == i]) for k in ("step", "loss", "fvu", "l0")}
             for i in sorted({r["sae"] for r in rows})}
 
-# %% ../nbs/07_training.ipynb #9977162a
+# %% ../nbs/07_training.ipynb #baf1355c
 def toy_stream(
     toy:ToyFeatures, # the world
     batch_size:int, # vectors per step
@@ -211,7 +211,7 @@ def toy_stream(
             start += 1
     return stream
 
-# %% ../nbs/07_training.ipynb #8f47444e
+# %% ../nbs/07_training.ipynb #d7716243
 def recover(
     sizes:Iterable[int], # d_sae of the dictionaries
     alphas:Iterable[float], # eq. (4)
@@ -229,7 +229,7 @@ def recover(
     found = [mmcs(sae.W_dec.detach(), toy.features) for sae in saes]
     return np.array(found).reshape(len(sizes), len(alphas))
 
-# %% ../nbs/07_training.ipynb #10333bfc
+# %% ../nbs/07_training.ipynb #534393e8
 def plot_recovery(
     found:Float[np.ndarray, "sizes alphas"], # from `recover`
     sizes:Iterable[int], # d_sae
@@ -246,14 +246,14 @@ def plot_recovery(
     fig.colorbar(image, label="mean max cosine\nto the 64 true features")
     return fig
 
-# %% ../nbs/07_training.ipynb #27afea4c
+# %% ../nbs/07_training.ipynb #bb2c55cc
 @rule("P1-recover")
 def judge_recovery(rec):
     "Above 0.9 in new worlds, where random directions are below."
     if rec["random"] >= .9: return "not comparable"
     return "holds" if rec["ci95"][0] > .9 else "partly" if rec["measured"] > .9 else "does not hold"
 
-# %% ../nbs/07_training.ipynb #30b4fe3e
+# %% ../nbs/07_training.ipynb #c27a7695
 def stores(
     p:Preset, # corpus, counts, dropping rule
     model:LanguageModel, # under study
@@ -265,7 +265,7 @@ def stores(
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
     return store("train", p.n_tokens), store("heldout", p.n_heldout)
 
-# %% ../nbs/07_training.ipynb #282f9c5a
+# %% ../nbs/07_training.ipynb #be32dbc0
 def build(
     recipe:Recipe, # what it is
     d_in:int, # width of its site
@@ -283,7 +283,7 @@ def site_recipes(
     "The recipes of the study that read at one site."
     return [r for r in study(p) if r.site == site]
 
-# %% ../nbs/07_training.ipynb #e3e7e87f
+# %% ../nbs/07_training.ipynb #89e9faf4
 def training_operations(
     recipes:list[Recipe], # trained together
     d_in:int, # width of the site
@@ -307,7 +307,7 @@ def estimate_training(
     return {"seconds": training_operations(recipes, d_in, batch_size, steps)*seconds_per_operation/efficiency,
             "bytes": weights + codes}
 
-# %% ../nbs/07_training.ipynb #2faf3e38
+# %% ../nbs/07_training.ipynb #9cd9c9c7
 def in_order(
     store:ActivationStore, # held-out, usually
     site:Site, # which activations
@@ -329,7 +329,7 @@ def metadata(
                 drop_first=p.drop_first, max_norm=p.max_norm, context_size=p.row_len, prepend_bos=False,
                 alpha_unit=p.alpha_unit, provenance=provenance(p))
 
-# %% ../nbs/07_training.ipynb #dd78a256
+# %% ../nbs/07_training.ipynb #9309e645
 def train_site(
     p:Preset, # steps, batch, learning rate, unit of alpha
     model:LanguageModel, # under study
@@ -354,7 +354,7 @@ def train_site(
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries))
 
-# %% ../nbs/07_training.ipynb #8e1fe6c1
+# %% ../nbs/07_training.ipynb #a8b2ddc8
 def save_dictionaries(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -374,7 +374,7 @@ def save_dictionaries(
         results.append(dict(ratio=r.ratio, alpha=r.alpha, d_sae=sae.d_sae, **found))
     write_json(folder/"results.json", results)
 
-# %% ../nbs/07_training.ipynb #ed0286c1
+# %% ../nbs/07_training.ipynb #986e629b
 def dictionary(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -386,7 +386,7 @@ def dictionary(
     folder = train_site(p, model, *stores(p, model, [recipe.site]), recipe.site)
     return load_dictionary(folder/f"{recipes.index(recipe):02}").check(model, recipe.site)
 
-# %% ../nbs/07_training.ipynb #eb1779b3
+# %% ../nbs/07_training.ipynb #ee43429b
 def plot_log(
     log:dict, # from `read_log`
     recipes:list[Recipe], # one per entry of the log
@@ -402,7 +402,7 @@ def plot_log(
     fig.legend(*axes[1].get_legend_handles_labels(), title=r"$\alpha$", loc="outside right center")
     return fig
 
-# %% ../nbs/07_training.ipynb #d69e74d0
+# %% ../nbs/07_training.ipynb #33c58f1c
 def fig6(
     results:list[dict], # ratio, alpha, l0, fvu of each dictionary
 ) -> plt.Figure:
