@@ -9,7 +9,7 @@ __all__ = ['PRELUDE', 'MARKERS', 'notebooks', 'code_of', 'choose', 'Runner', 'No
            'run_fetch', 'run_report', 'run_bench', 'main']
 
 # %% ../nbs/90_reproduce.ipynb #d5f15c0b
-import argparse, hashlib, json, logging, os, re, shutil, subprocess, sys, time
+import argparse, atexit, hashlib, json, logging, os, re, shutil, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -97,8 +97,11 @@ def interruptible(
         job = thread.submit(client.execute, env=env)
         try: job.result()
         except KeyboardInterrupt:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)        # it would mourn the kernel at length
-            if client.km and client.km.has_kernel: client.km.provisioner.process.kill()
+            logging.disable(logging.CRITICAL)                                  # they would mourn the kernel at length
+            while not job.done():
+                if client.km and client.km.has_kernel: client.km.provisioner.process.kill()
+                time.sleep(.05)
+            atexit.unregister(client._cleanup_kernel)
             raise
 
 # %% ../nbs/90_reproduce.ipynb #e2c6194b
@@ -113,6 +116,7 @@ def execute(
     bar = tqdm(total=len(nb.cells), desc=f"{path.stem:<18}", unit="cell", leave=True,
                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}")
     client = Runner(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+                    extra_arguments=["--log-level=ERROR"],
                     on_cell_complete=lambda cell, cell_index: bar.update())
     try: interruptible(client, {**os.environ, **(env or {})})
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: raise NotebookFailed(failure(path, e)) from e
