@@ -15,7 +15,7 @@ __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', '
 # %% ../nbs/00_core.ipynb #017422fa
 import ast, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from scipy import stats
 from threadpoolctl import threadpool_limits
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/00_core.ipynb #9cf32b4e
 class SparseCodingError(ValueError):
@@ -243,7 +245,13 @@ def fast_matmul(
     on:torch.device|str="cpu", # only the CPU has a choice that keeps float32
 ):
     "Run a block with the fastest float32 product that is accurate to float32."
-    with matmul_precision(best_matmul() if torch.device(on).type == "cpu" else "highest"): yield
+    with matmul_precision(best_matmul() if torch.device(on).type == "cpu" else "highest"), _DefaultInAttention(): yield
+
+class _DefaultInAttention(TorchFunctionMode):
+    "Attention multiplies small matrices, at which the kernel that is fast for large ones is slow."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        small = func is nn.functional.scaled_dot_product_attention
+        with matmul_precision("highest") if small else nullcontext(): return func(*args, **(kwargs or {}))
 
 # %% ../nbs/00_core.ipynb #e71ca75e
 def cache_dir() -> Path:

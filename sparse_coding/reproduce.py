@@ -138,7 +138,7 @@ def estimate(
     harvest = estimate_harvest(model, n_tokens, [p.site])
     training = estimate_training(recipes, model.d_in(p.site), p.batch_size, p.steps)
     weights = sum(q.numel()*q.element_size() for q in model.hf.parameters())
-    return {"start": 7.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],
+    return {"start": 15.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],
             "disk": harvest["bytes"] + weights, "memory": int(.6e9) + weights + training["bytes"]}
 
 # %% ../nbs/90_reproduce.ipynb #2c3ce1fa
