@@ -8,12 +8,12 @@ __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', '
            'ATTENTION_SAE_CLAIMS', 'ATTENTION_HEAD_CLAIMS', 'ATTENTION_IOI_CLAIMS', 'CLAIMS', 'RULES', 'COLUMNS',
            'SparseCodingError', 'Site', 'Preset', 'preset', 'check_preset', 'Recipe', 'sweep', 'study', 'set_seed',
            'device', 'set_threads', 'threads', 'matmul_precision', 'probe_matmul', 'best_matmul', 'fast_matmul',
-           'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download', 'fetch', 'read_wheel', 'wheel_members',
-           'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim', 'rule',
-           'ledger_path', 'record', 'verdict', 'report']
+           'keep_freed_memory', 'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download', 'fetch', 'read_wheel',
+           'wheel_members', 'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim',
+           'rule', 'ledger_path', 'record', 'verdict', 'report']
 
 # %% ../nbs/00_core.ipynb #017422fa
-import ast, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
+import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -252,6 +252,15 @@ class _DefaultInAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         small = func is nn.functional.scaled_dot_product_attention
         with matmul_precision("highest") if small else nullcontext(): return func(*args, **(kwargs or {}))
+
+# %% ../nbs/00_core.ipynb #bfdf77bb
+@cache
+def keep_freed_memory() -> bool: # whether the C library took it
+    "Let glibc reuse the memory of freed tensors of up to 32 MB instead of unmapping it."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    return bool(mallopt(M_MMAP_THRESHOLD, 2**25) and mallopt(M_TRIM_THRESHOLD, 2**29))
 
 # %% ../nbs/00_core.ipynb #e71ca75e
 def cache_dir() -> Path:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .core import Site, SparseCodingError, device as default_device, load_or_compute, read_wheel, sha256
+from .core import (Site, SparseCodingError, device as default_device, keep_freed_memory, load_or_compute,
+    read_wheel, sha256)
 
 # %% ../nbs/02_models.ipynb #6b9a85cb
 @contextmanager
@@ -180,6 +181,7 @@ def load_model(
     device=None, # where it runs; the fastest one here if not given
 ) -> LanguageModel:
     "Load a model and its tokenizer; raises when nothing can be read under that name."
+    keep_freed_memory()
     hf, tokenizer, title, source = _find(str(name))
     model = LanguageModel(hf.to(device or default_device()), tokenizer, title, source)
     if fold:
