@@ -90,6 +90,7 @@ class Preset:
     steps: int = 200 # optimiser steps
     batch_size: int = 2048
     lr: float = 1e-3
+    frozen_step: bool = False # Adam with the bias correction of its first step, as the released code has it
     seed: int = 0
 
 # %% ../nbs/00_core.ipynb #63846f69
