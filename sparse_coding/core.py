@@ -108,7 +108,7 @@ def site(self:Preset) -> Site:
 PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, layers=(3, 9, 15, 28, 29),
-        attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4.), alphas=(.02, .035, .06, .1, .15), steps=600),
+        attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4.), alphas=(.02, .035, .06, .1, .15), steps=1500),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
         corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, drop_first=False, max_norm=None,
         layer=2, layers=tuple(range(6)), attn_layers=tuple(range(6)), ratios=(.5, 1., 2., 4., 8., 16., 32.),

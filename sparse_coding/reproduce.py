@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .activations import estimate_harvest
 from .bench import bench_harvest
+from .bench_training import bench_training
 from .core import (CLAIMS, PRESETS, WHEELS, Preset, SparseCodingError, fetch, preset, provenance, read_json,
     report, repository, study, write_json)
 from .models import load_model
@@ -278,7 +279,8 @@ def parser() -> argparse.ArgumentParser:
     reporting.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; without it the committed laptop results")
     reporting.add_argument("--write", action="store_true", help="write the table into README.md")
     benching = add("bench", "Measure speed, side by side in one run.", preset_arguments())
-    benching.add_argument("what", choices=["harvest"])
+    benching.add_argument("what", choices=["harvest", "train"])
+    benching.add_argument("--peer", action="append", default=[], metavar="PYTHON", help="train: also time the public trainers of this environment")
     for command in (reporting, benching): command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return top
 
@@ -336,7 +338,8 @@ def run_bench(
     args:argparse.Namespace, # of `bench`
 ):
     "Run a benchmark and print its rows."
-    rows = bench_harvest(preset_from(args))
+    p = preset_from(args)
+    rows = bench_harvest(p) if args.what == "harvest" else bench_training(p, tuple(args.peer))
     if args.json: print(json.dumps(rows, indent=1)); return
     for row in rows: print("  ".join(f"{k} {show_number(v)}" for k,v in row.items()))
 
