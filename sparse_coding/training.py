@@ -8,7 +8,7 @@ __all__ = ['eq4_alpha', 'input_scale', 'ahead', 'resume', 'checkpoint', 'train',
            'training_operations', 'estimate_training', 'in_order', 'metadata', 'train_site', 'save_dictionaries',
            'dictionary', 'plot_log', 'fig6']
 
-# %% ../nbs/07_training.ipynb #9d1e4ada
+# %% ../nbs/07_training.ipynb #5c5deeca
 import json, os, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,7 @@ from .models import LanguageModel, load_model
 from .plots import save_figure, shades, stamp, use_style
 from .toy import ToyFeatures
 
-# %% ../nbs/07_training.ipynb #d3daa860
+# %% ../nbs/07_training.ipynb #e65559fb
 def eq4_alpha(
     alpha:float, # in the unit `unit`
     unit:str, # "paper": eq. (4); "code": squared error averaged over d
@@ -51,7 +51,7 @@ def input_scale(
     "What activations are multiplied by before training."
     return 1. if unit == "code" else mean_square**-.5
 
-# %% ../nbs/07_training.ipynb #8c1f444e
+# %% ../nbs/07_training.ipynb #0746ff85
 def ahead(
     stream:Iterator, # of batches
 ) -> Iterator: # the same, each read while the one before is used
@@ -62,7 +62,7 @@ def ahead(
             coming = reader.submit(next, stream, None)
             yield x
 
-# %% ../nbs/07_training.ipynb #c1c1cac7
+# %% ../nbs/07_training.ipynb #b99dd860
 def resume(
     folder:Path, # of the run
 ) -> dict: # step reached, the engine's settings, seconds spent
@@ -88,7 +88,7 @@ def checkpoint(
     for old in folder.glob("step-*.safetensors"):
         if old != new: old.unlink()
 
-# %% ../nbs/07_training.ipynb #2910d61a
+# %% ../nbs/07_training.ipynb #2dbf28ac
 def train(
     saes:list[Dictionary], # trained in place, all on one stream
     alphas:list[float], # one each, eq. (4)
@@ -118,7 +118,7 @@ def train(
                 checkpoint(folder, engine, {**state, "step": step, "seconds": time.perf_counter() - begin})
     return folder
 
-# %% ../nbs/07_training.ipynb #b758e9b9
+# %% ../nbs/07_training.ipynb #19f65794
 def log_rows(
     log, # an open text file
     step:int, # 1-based
@@ -142,7 +142,7 @@ def read_log(
     return {i: {k: np.array([r[k] for r in rows if r["sae"] == i]) for k in ("step", "loss", "fvu", "l0")}
             for i in sorted({r["sae"] for r in rows})}
 
-# %% ../nbs/07_training.ipynb #1a711d84
+# %% ../nbs/07_training.ipynb #a84b8839
 def replace_dead(
     engine:Engine, # in training
     r:Resampling, # when and how
@@ -157,7 +157,7 @@ def replace_dead(
             log.write(json.dumps(dict(step=step, sae=i, replaced=n)) + "\n")
     if (step + r.window) % r.every == 0: engine.count_anew()
 
-# %% ../nbs/07_training.ipynb #ab69d52d
+# %% ../nbs/07_training.ipynb #1195dfd4
 def toy_stream(
     toy:ToyFeatures, # the world
     batch_size:int, # vectors per step
@@ -172,7 +172,7 @@ def toy_stream(
             start += 1
     return stream
 
-# %% ../nbs/07_training.ipynb #a5a1fdec
+# %% ../nbs/07_training.ipynb #cf66c074
 def recover(
     sizes:Iterable[int], # d_sae of the dictionaries
     alphas:Iterable[float], # eq. (4)
@@ -190,7 +190,7 @@ def recover(
     found = [mmcs(sae.W_dec.detach(), toy.features) for sae in saes]
     return np.array(found).reshape(len(sizes), len(alphas))
 
-# %% ../nbs/07_training.ipynb #1ea6dec7
+# %% ../nbs/07_training.ipynb #69f1c8ce
 def plot_recovery(
     found:Float[np.ndarray, "sizes alphas"], # from `recover`
     sizes:Iterable[int], # d_sae
@@ -207,14 +207,14 @@ def plot_recovery(
     fig.colorbar(image, label="mean max cosine\nto the 64 true features")
     return fig
 
-# %% ../nbs/07_training.ipynb #c6d167b4
+# %% ../nbs/07_training.ipynb #2bbdfb6a
 @rule("P1-recover")
 def judge_recovery(rec):
     "Above 0.9 in new worlds, where random directions are below."
     if rec["random"] >= .9: return "not comparable"
     return "holds" if rec["ci95"][0] > .9 else "partly" if rec["measured"] > .9 else "does not hold"
 
-# %% ../nbs/07_training.ipynb #36d46c7e
+# %% ../nbs/07_training.ipynb #a2862c3a
 def stores(
     p:Preset, # corpus, counts, dropping rule
     model:LanguageModel, # under study
@@ -226,7 +226,7 @@ def stores(
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
     return store("train", p.n_tokens), store("heldout", p.n_heldout)
 
-# %% ../nbs/07_training.ipynb #42e069c4
+# %% ../nbs/07_training.ipynb #b73fe080
 def build(
     recipe:Recipe, # what it is
     d_in:int, # width of its site
@@ -244,7 +244,7 @@ def site_recipes(
     "The recipes of the study that read at one site."
     return [r for r in study(p) if r.site == site]
 
-# %% ../nbs/07_training.ipynb #ba965686
+# %% ../nbs/07_training.ipynb #e9abff12
 def training_operations(
     recipes:list[Recipe], # trained together
     d_in:int, # width of the site
@@ -271,7 +271,7 @@ def estimate_training(
     return {"seconds": training_operations(recipes, d_in, batch_size, steps)*seconds_per_operation/efficiency,
             "bytes": weights + codes}
 
-# %% ../nbs/07_training.ipynb #77608a04
+# %% ../nbs/07_training.ipynb #585c7794
 def in_order(
     store:ActivationStore, # held-out, usually
     site:Site, # which activations
@@ -293,7 +293,7 @@ def metadata(
                 drop_first=p.drop_first, max_norm=p.max_norm, context_size=p.row_len, prepend_bos=False,
                 alpha_unit=p.alpha_unit, provenance=provenance(p))
 
-# %% ../nbs/07_training.ipynb #63e64ef9
+# %% ../nbs/07_training.ipynb #127b008a
 def train_site(
     p:Preset, # steps, batch, learning rate, unit of alpha
     model:LanguageModel, # under study
@@ -318,7 +318,7 @@ def train_site(
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries))
 
-# %% ../nbs/07_training.ipynb #88ff0e4f
+# %% ../nbs/07_training.ipynb #a8c6caac
 def save_dictionaries(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -338,7 +338,7 @@ def save_dictionaries(
         results.append(dict(ratio=r.ratio, alpha=r.alpha, d_sae=sae.d_sae, **found))
     write_json(folder/"results.json", results)
 
-# %% ../nbs/07_training.ipynb #0e2c9c4d
+# %% ../nbs/07_training.ipynb #4f0324a8
 def dictionary(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -350,7 +350,7 @@ def dictionary(
     folder = train_site(p, model, *stores(p, model, [recipe.site]), recipe.site)
     return load_dictionary(folder/f"{recipes.index(recipe):02}").check(model, recipe.site)
 
-# %% ../nbs/07_training.ipynb #47a5626a
+# %% ../nbs/07_training.ipynb #91c2851d
 def plot_log(
     log:dict, # from `read_log`
     recipes:list[Recipe], # one per entry of the log
@@ -366,7 +366,7 @@ def plot_log(
     fig.legend(*axes[1].get_legend_handles_labels(), title=r"$\alpha$", loc="outside right center")
     return fig
 
-# %% ../nbs/07_training.ipynb #b0900217
+# %% ../nbs/07_training.ipynb #385dec39
 def fig6(
     results:list[dict], # ratio, alpha, l0, fvu of each dictionary
 ) -> plt.Figure:
@@ -376,8 +376,10 @@ def fig6(
     for color,ratio in zip(shades(len(ratios)), ratios):
         line = sorted((r["l0"], r["fvu"], r["alpha"]) for r in results if r["ratio"] == ratio and r["alpha"] > 0)
         ax.plot(*list(zip(*line))[:2], "o-", color=color, label=f"{ratio:g}")
-    for l0,fvu,alpha in line:
-        ax.annotate(rf"$\alpha$ {alpha:g}", (l0, fvu), (5, 4), textcoords="offset points", fontsize=7, color="#555555")
+    for alpha in sorted({r["alpha"] for r in results if r["alpha"] > 0}):
+        lowest = min((r for r in results if r["alpha"] == alpha), key=lambda r: r["fvu"])
+        ax.annotate(rf"$\alpha$ {alpha:g}", (lowest["l0"], lowest["fvu"]), (-3, -10), textcoords="offset points", ha="right",
+                    fontsize=7, color="#555555")
     ax.set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained", xscale="log", ylim=(0, None))
     ax.legend(title="ratio $R$")
     return fig
