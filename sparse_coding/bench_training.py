@@ -6,7 +6,7 @@
 __all__ = ['CAGE', 'OWN', 'SAELENS', 'PEERS', 'SWEEP', 'peers_of', 'Contestant', 'real_batches', 'trained', 'at_l0',
            'product_seconds', 'race', 'results', 'own_ways', 'bench_training', 'machine']
 
-# %% ../nbs/81_bench_training.ipynb #5e556d63
+# %% ../nbs/81_bench_training.ipynb #7f0be32e
 import json, platform, statistics, subprocess, sys, tempfile, time
 from contextlib import ExitStack
 from itertools import product
@@ -26,7 +26,7 @@ from .engine import Engine
 from .models import load_model
 from .plots import COLORS, save_figure, stamp, use_style
 
-# %% ../nbs/81_bench_training.ipynb #96ca9d9d
+# %% ../nbs/81_bench_training.ipynb #04aef684
 CAGE = """
 import json, sys, time, torch
 from safetensors.torch import load_file
@@ -53,7 +53,7 @@ for line in sys.stdin:
     print("@" + json.dumps({{"seconds": seconds, "bytes": memory("VmHWM") - before}}), flush=True)
 """
 
-# %% ../nbs/81_bench_training.ipynb #32ff958b
+# %% ../nbs/81_bench_training.ipynb #22806bab
 OWN = {"engine": """
 from dataclasses import replace
 from sparse_coding.core import keep_freed_memory
@@ -82,7 +82,7 @@ def make(starts, job):
     return step
 """}
 
-# %% ../nbs/81_bench_training.ipynb #ec08e525
+# %% ../nbs/81_bench_training.ipynb #72b032dc
 SAELENS = """
 import sys
 from sae_lens.config import SAETrainerConfig
@@ -101,7 +101,7 @@ def make(starts, job):
     return step
 """
 
-# %% ../nbs/81_bench_training.ipynb #ccf99721
+# %% ../nbs/81_bench_training.ipynb #bea13bb1
 PEERS = {"sae_lens": {"SAELens": SAELENS.format(autocast=False), "SAELens, bfloat16 autocast": SAELENS.format(autocast=True)},
 "dictionary_learning": {"dictionary_learning": """
 from dictionary_learning.trainers.standard import StandardTrainer
@@ -117,7 +117,7 @@ def make(starts, job):
     return step
 """}}
 
-# %% ../nbs/81_bench_training.ipynb #058bdbca
+# %% ../nbs/81_bench_training.ipynb #e96e5cb4
 PEERS["sparsify"] = {"sparsify, TopK 32": """
 from sparsify import SparseCoder, SparseCoderConfig
 def make(starts, job):
@@ -144,7 +144,7 @@ def peers_of(
     if not there: raise SparseCodingError(f"{interpreter} has none of {', '.join(PEERS)}: give the Python of an environment that has.")
     return {name: (interpreter, way) for n in there for name,way in PEERS[n].items()}
 
-# %% ../nbs/81_bench_training.ipynb #2fa10eac
+# %% ../nbs/81_bench_training.ipynb #5f66237b
 class Contestant:
     "A process that takes training steps when told to."
     def __init__(self,
@@ -171,7 +171,7 @@ class Contestant:
     def __enter__(self): return self
     def __exit__(self, *_): self.process.kill(); self.process.communicate()
 
-# %% ../nbs/81_bench_training.ipynb #60f4f0f6
+# %% ../nbs/81_bench_training.ipynb #44daa375
 def real_batches(
     p:Preset, # model, text, site
     n:int, # how many
@@ -196,7 +196,7 @@ def trained(
     for sae in saes: sae.M.data = sae.W_dec.detach()
     return saes
 
-# %% ../nbs/81_bench_training.ipynb #e2189084
+# %% ../nbs/81_bench_training.ipynb #0eed126b
 @torch.no_grad()
 def at_l0(
     sae:TiedSAE, # trained
@@ -208,7 +208,7 @@ def at_l0(
     sae.b_enc -= a.kthvalue(len(a) - int(l0*len(x))).values
     return sae
 
-# %% ../nbs/81_bench_training.ipynb #6e5a48c4
+# %% ../nbs/81_bench_training.ipynb #857ce45e
 def product_seconds(
     batch:int, # rows
     d_in:int, # width
@@ -223,7 +223,7 @@ def product_seconds(
             times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
-# %% ../nbs/81_bench_training.ipynb #59c31a06
+# %% ../nbs/81_bench_training.ipynb #45592056
 def race(
     saes:list[TiedSAE], # trained, one size
     alphas:tuple, # one each
@@ -238,8 +238,10 @@ def race(
         tensors = {"x": xs[:8].clone()} | {k: v for i,s in enumerate(saes) for k,v in ((f"D{i}", s.M.detach().clone()), (f"b{i}", s.b_enc.detach()))}
         save_file(tensors, file := str(Path(folder)/"start.safetensors"))
         job = dict(file=file, alphas=list(alphas), norm=norm, lr=1e-7, threads=torch.get_num_threads(), setting=setting)
-        there = {name: stack.enter_context(Contestant(name, *way, job)) for name,way in ways.items()}
-        found = {name: {"seconds": []} for name in there}
+        there, found = {}, {name: {"seconds": []} for name in ways}
+        for name,way in ways.items():
+            there[name] = stack.enter_context(Contestant(name, *way, job))
+            there[name].steps(0)                                # imports and probes are done before the next one begins
         for i in range(-1, rounds):
             for name,c in [*there.items()][i % len(there):] + [*there.items()][:i % len(there)]:
                 answer = c.steps(found[name].get("turn", 3))
@@ -248,7 +250,7 @@ def race(
                 if i >= 0: found[name]["seconds"].append(usual)
     return found
 
-# %% ../nbs/81_bench_training.ipynb #87f96abc
+# %% ../nbs/81_bench_training.ipynb #89c12015
 def results(
     found:dict, # from `race`
     saes:list[TiedSAE], # raced with
@@ -263,7 +265,7 @@ def results(
                        activations_per_second=batch/s, share_of_ceiling=dense/s, bytes=f["bytes"],
                        engine_is_faster_by=median_ratio(f["seconds"], found["engine"]["seconds"])) for name,f in found.items()]
 
-# %% ../nbs/81_bench_training.ipynb #487d3a72
+# %% ../nbs/81_bench_training.ipynb #4ff16b74
 def own_ways() -> dict[str, tuple]: # contestant -> interpreter and way
     "The engine, and plain PyTorch."
     return {name: (sys.executable, way) for name,way in OWN.items()}

@@ -216,18 +216,16 @@ def matmul_precision(
 # %% ../nbs/00_core.ipynb #b9bd723b
 def probe_matmul(
     n:int=1024, # rows of the test product, about those of a real batch
-    rounds:int=5, # timings per setting; the fastest counts
+    rounds:int=15, # timings per setting; the fastest counts
 ) -> dict[str, tuple]: # setting -> (seconds, relative error against float64)
     "Time and error of torch's CPU float32 product under each of its settings."
     g, found = torch.Generator().manual_seed(0), {}
     a, b = torch.randn(n, 576, generator=g), torch.randn(576, 1152, generator=g)
     exact = a.double() @ b.double()
-    for setting in ("highest", "high", "medium"):
-        with matmul_precision(setting):
-            times = []
-            for _ in range(rounds):
-                start = time.perf_counter(); c = a @ b; times.append(time.perf_counter() - start)
-        found[setting] = min(times), float((c.double() - exact).norm()/exact.norm())
+    for setting in ("highest", "high", "medium")*rounds:                       # in turns: a busy moment hits all of them
+        with matmul_precision(setting): start = time.perf_counter(); c = a @ b; seconds = time.perf_counter() - start
+        fastest = min(seconds, found.get(setting, (1e9, 0.))[0])
+        found[setting] = fastest, float((c.double() - exact).norm()/exact.norm())
     return found
 
 # %% ../nbs/00_core.ipynb #dd0cc405
