@@ -7,7 +7,7 @@ __all__ = ['kernel', 'BFLOAT16_ERROR', 'sae_loss', 'gradients', 'along_sphere', 
            'screen', 'errors', 'by_feature', 'adam_constants', 'adam_row', 'columns', 'step_row', 'Learner', 'Settings',
            'screening_pays', 'settings', 'workers', 'Lists', 'Engine', 'Task', 'Resampling', 'draw_badly_reconstructed']
 
-# %% ../nbs/07_engine.ipynb #96834dec
+# %% ../nbs/07_engine.ipynb #ea12f287
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from torch import Tensor
 from .core import SparseCodingError, best_matmul, matmul_precision
 from .dictionaries import Dictionary, TiedSAE, TopKSAE, unit_rows
 
-# %% ../nbs/07_engine.ipynb #9b8b0442
+# %% ../nbs/07_engine.ipynb #c175befc
 def sae_loss(
     sae:Dictionary, # to be trained
     x:Float[Tensor, "batch d_in"], # activations, scaled as the dictionary expects them
@@ -35,7 +35,7 @@ def sae_loss(
     error = (x - sae.decode(c)).pow(2).sum(-1).mean()
     return error + alpha*c.abs().sum(-1).mean(), error, c
 
-# %% ../nbs/07_engine.ipynb #e70e6fc7
+# %% ../nbs/07_engine.ipynb #3ecef5d2
 @torch.no_grad()
 def gradients(
     sae:Dictionary, # ReLU or TopK
@@ -54,7 +54,7 @@ def gradients(
     if sae.pre_bias: found["b_dec"] = g.sum(0) - sae.W_enc @ db
     return found, e.pow(2).sum(-1), c
 
-# %% ../nbs/07_engine.ipynb #fdbdcd0f
+# %% ../nbs/07_engine.ipynb #52e368eb
 def along_sphere(
     sae:Dictionary, # whose M is trained
     D:Float[Tensor, "d_sae d_in"], # its unit rows
@@ -64,7 +64,7 @@ def along_sphere(
     G.addcmul_(D, (G*D).sum(-1, keepdim=True), value=-1)
     return G.div_(sae.M.norm(dim=-1, keepdim=True).clamp_min(1e-12)) if sae.norm == "in_loss" else G
 
-# %% ../nbs/07_engine.ipynb #11e96f13
+# %% ../nbs/07_engine.ipynb #9a547575
 def adam(
     sae:Dictionary, # whose parameters are trained
     lr:float=1e-3, # the paper's learning rate
@@ -76,10 +76,10 @@ def adam(
         opt.state[q] = {"step": torch.zeros((), device=q.device), "exp_avg": torch.zeros_like(q), "exp_avg_sq": torch.zeros_like(q)}
     return opt
 
-# %% ../nbs/07_engine.ipynb #62f34c72
+# %% ../nbs/07_engine.ipynb #217670d1
 kernel = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 
-# %% ../nbs/07_engine.ipynb #7f73ab0a
+# %% ../nbs/07_engine.ipynb #66ba3d19
 @kernel
 def add_rows(
     out, # vector, added to
@@ -97,7 +97,7 @@ def add_rows(
         w0, r0 = weights[n], rows[which[n]]
         for k in range(len(out)): out[k] += w0*r0[k]
 
-# %% ../nbs/07_engine.ipynb #084c4fe2
+# %% ../nbs/07_engine.ipynb #d18681b6
 @kernel
 def dot_rows(
     out, # vector, one entry per product, overwritten
@@ -118,7 +118,7 @@ def dot_rows(
         for k in range(len(v)): s0 += v[k]*r0[k]
         out[n] = s0
 
-# %% ../nbs/07_engine.ipynb #27bcee9c
+# %% ../nbs/07_engine.ipynb #5f1a2737
 @kernel
 def select(
     a, # [rows, d_sae] pre-activations
@@ -136,7 +136,7 @@ def select(
         end[i] = n
     return n
 
-# %% ../nbs/07_engine.ipynb #52e5fc92
+# %% ../nbs/07_engine.ipynb #15294395
 BFLOAT16_ERROR = .006                                          # of |x| |E_j|, at most
 
 @kernel
@@ -166,7 +166,7 @@ def screen(
         end[i] = n
     return n
 
-# %% ../nbs/07_engine.ipynb #3d860fad
+# %% ../nbs/07_engine.ipynb #6da11ffe
 @kernel
 def errors(
     lo, hi, # rows of the batch
@@ -190,7 +190,7 @@ def errors(
         dot_rows(delta[a:z], e, D, idx[a:z])
         for n in range(a, z): delta[n] += alpha/B
 
-# %% ../nbs/07_engine.ipynb #a8257cfc
+# %% ../nbs/07_engine.ipynb #055fc1ab
 @kernel
 def by_feature(
     lo, hi, # rows of the batch
@@ -212,7 +212,7 @@ def by_feature(
             row[to], fc[to], fdelta[to] = i, c[n], delta[n]
             db[idx[n]] += delta[n]
 
-# %% ../nbs/07_engine.ipynb #1bb3633e
+# %% ../nbs/07_engine.ipynb #b15ab178
 def adam_constants(
     t:int, # number of this step, from 1
     lr:float, # learning rate
@@ -234,7 +234,7 @@ def adam_row(
         v[i] = k[1]*v[i] + k[2]*G[i]*G[i]
         q[i] -= k[3]*m[i]/(np.sqrt(v[i])*k[4] + k[5])
 
-# %% ../nbs/07_engine.ipynb #80b6b311
+# %% ../nbs/07_engine.ipynb #e3e14f25
 @kernel
 def columns(
     lo, hi, # features
@@ -257,7 +257,7 @@ def columns(
         step_row(j, G, M, m, v, D, length, k)
         if len(E): adam_row(E[j], H, mE[j], vE[j], k)
 
-# %% ../nbs/07_engine.ipynb #9bafc047
+# %% ../nbs/07_engine.ipynb #06c1cebd
 @kernel
 def step_row(
     j, # feature
@@ -276,7 +276,7 @@ def step_row(
     for i in range(len(G)): square += M[j, i]*M[j, i]
     for i in range(len(G)): M[j, i] /= max(np.sqrt(square), np.float32(1e-12))
 
-# %% ../nbs/07_engine.ipynb #873b38f5
+# %% ../nbs/07_engine.ipynb #732bfe6b
 class Learner:
     "A dictionary, what sparsity costs it, and its optimiser."
     def __init__(self,
@@ -302,7 +302,7 @@ def note(self:Learner,
     self.rows += batch
     if counts.device.type == "cpu": self.density = int(counts.sum())/(batch*self.sae.d_sae)
 
-# %% ../nbs/07_engine.ipynb #bc2fef69
+# %% ../nbs/07_engine.ipynb #2c694bbf
 @patch
 def begin_step(self:Learner) -> int: # the number of this step that Adam's bias correction sees, from 1
     "Take Adam's clock to where it stands before this step."
@@ -326,7 +326,7 @@ def dense_step(self:Learner,
     self.note(counts, len(x))
     return dict(loss=error + self.alpha*c.sum()/len(x), error=error, l0=counts.sum()/len(x))
 
-# %% ../nbs/07_engine.ipynb #41b5cb37
+# %% ../nbs/07_engine.ipynb #d1a804dc
 @dataclass(frozen=True)
 class Settings:
     "What decides the last bits of a training run. Kept in its checkpoints."
@@ -351,7 +351,7 @@ def settings() -> Settings:
     "The fastest accurate settings on this machine."
     return Settings(best_matmul(), torch.get_num_threads(), screen_below=.06 if screening_pays() else 0.)
 
-# %% ../nbs/07_engine.ipynb #309f51c4
+# %% ../nbs/07_engine.ipynb #6d18b577
 def workers(
     n:int, # how many
 ) -> ThreadPoolExecutor:
@@ -362,7 +362,7 @@ def workers(
     torch.set_num_threads(before)                              # new threads elsewhere start with what was last set
     return pool
 
-# %% ../nbs/07_engine.ipynb #630b50a7
+# %% ../nbs/07_engine.ipynb #4d036c15
 class Lists:
     "Room for the active entries of one thread's share of a batch, by row and by feature."
     def __init__(self,
@@ -390,7 +390,7 @@ class Engine:
         self.learners = [Learner(s, a, lr, betas, frozen_step) for s,a in zip(saes, alphas)]
         self.pool, self.lists, self.size = None, [], None
 
-# %% ../nbs/07_engine.ipynb #348077a0
+# %% ../nbs/07_engine.ipynb #ce25e1d3
 @patch
 def prepare(self:Engine,
     batch:int, # activations per step
@@ -412,7 +412,7 @@ def side_by_side(self:Engine,
     "Run a function in all threads."
     return list(self.pool.map(f, range(self.setting.threads)))
 
-# %% ../nbs/07_engine.ipynb #76d943cc
+# %% ../nbs/07_engine.ipynb #d7dc65c4
 @dataclass
 class Task:
     "What the threads need to know of a step."
@@ -439,7 +439,7 @@ def list_active(self:Engine,
     a = torch.addmm(b, k.u[i:j], k.E.T, out=w.a[:size].view(j - i, len(k.E)))
     return select((sae.act(a) if isinstance(sae, TopKSAE) else a).numpy(), n, *at, w.idx, w.c)
 
-# %% ../nbs/07_engine.ipynb #71029427
+# %% ../nbs/07_engine.ipynb #6d2ec8f1
 @patch
 def rows_pass(self:Engine,
     t:int, # number of the thread
@@ -455,7 +455,7 @@ def rows_pass(self:Engine,
     by_feature(lo, hi, self.begin, self.end, w.idx, w.c, w.delta, w.first[:d_sae+1], w.row, w.fc, w.fdelta, w.db[:d_sae])
     return n
 
-# %% ../nbs/07_engine.ipynb #27781226
+# %% ../nbs/07_engine.ipynb #caed9391
 @patch
 def moments(self:Learner,
     q:torch.nn.Parameter, # one of the dictionary's
@@ -479,7 +479,7 @@ def columns_pass(self:Engine,
     self.side_by_side(lambda t: columns(cuts[t], cuts[t+1], lists, self.g, task.u.numpy(), *l.moments(sae.M), task.D.numpy(),
                                         length, *encoder, k))
 
-# %% ../nbs/07_engine.ipynb #8667135c
+# %% ../nbs/07_engine.ipynb #b2ac6e96
 @patch
 def task(self:Engine,
     l:Learner, # whose step it is
@@ -493,7 +493,7 @@ def task(self:Engine,
     screened = l.density < self.setting.screen_below and not isinstance(sae, TopKSAE)
     return Task(l, y, y if sae.pre_bias else x, D, E, *((E.bfloat16(), BFLOAT16_ERROR*E.norm(dim=-1)) if screened else (None, None)))
 
-# %% ../nbs/07_engine.ipynb #cf20c68b
+# %% ../nbs/07_engine.ipynb #4abad856
 @patch
 @torch.no_grad()
 def sparse_step(self:Engine,
@@ -517,7 +517,7 @@ def sparse_step(self:Engine,
     l1, error = sum(float(w.c[:n].sum()) for w,n in zip(self.lists, found)), float(self.sse.mean())
     return dict(loss=error + l.alpha*l1/len(x), error=error, l0=counts.sum()/len(x))
 
-# %% ../nbs/07_engine.ipynb #1cb40924
+# %% ../nbs/07_engine.ipynb #4613b823
 @patch
 def step(self:Engine,
     x:Float[Tensor, "batch d_in"], # scaled activations
@@ -527,7 +527,7 @@ def step(self:Engine,
     with matmul_precision(self.setting.matmul):
         return [lists_pay(l) and self.sparse_step(l, x) or l.dense_step(x) for l in self.learners]
 
-# %% ../nbs/07_engine.ipynb #a76fd9c6
+# %% ../nbs/07_engine.ipynb #1b8e9482
 @dataclass(frozen=True)
 class Resampling:
     "When dead features are replaced, and how."
@@ -552,7 +552,7 @@ def draw_badly_reconstructed(
         kept = kept[order]
     return kept
 
-# %% ../nbs/07_engine.ipynb #b98f1305
+# %% ../nbs/07_engine.ipynb #1d218500
 @patch
 @torch.no_grad()
 def resample(self:Learner,
@@ -579,7 +579,7 @@ def count_anew(self:Engine):
         l.fired.zero_()
         l.rows = 0
 
-# %% ../nbs/07_engine.ipynb #8f0811cd
+# %% ../nbs/07_engine.ipynb #e7f782c2
 @patch
 def tensors(self:Engine) -> dict[str, Tensor]: # by dictionary and name
     "Everything that changes while an engine runs."
