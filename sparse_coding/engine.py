@@ -339,7 +339,7 @@ class Settings:
 @cache
 def screening_pays() -> bool: # found out once per process
     "Is the bfloat16 product at least half as fast again as the float32 one on this machine?"
-    x, E, seconds = torch.randn(512, 576), torch.randn(1152, 576), {}
+    x, E, seconds = torch.ones(512, 576), torch.ones(1152, 576), {}
     with matmul_precision(best_matmul()):
         for kind in (torch.float32, torch.bfloat16)*15:
             start = time.perf_counter()
@@ -524,7 +524,7 @@ def step(self:Engine,
 ) -> list[dict]: # loss, error and l0 of each dictionary on this batch
     "One step of every dictionary, each the way that is faster for it."
     lists_pay = lambda l: l.density < self.setting.dense_above and x.device.type == "cpu" and l.sae.M.dtype == torch.float32
-    with matmul_precision(self.setting.matmul):
+    with matmul_precision(self.setting.matmul if x.device.type == "cpu" else "highest"):      # a GPU would take the others for less precision
         return [lists_pay(l) and self.sparse_step(l, x) or l.dense_step(x) for l in self.learners]
 
 # %% ../nbs/07_engine.ipynb #1b8e9482
