@@ -12,19 +12,17 @@ from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .activations import batches, load_store
+from .activations import batches
 from .bench import median_ratio
 from .core import Preset, SparseCodingError, best_matmul, cache_dir, matmul_precision
-from .corpora import load_rows
 from .dictionaries import TiedSAE
 from .engine import Engine
 from .models import load_model
-from .plots import COLORS, save_figure, stamp, use_style
+from .training import stores
 
 # %% ../nbs/81_bench_training.ipynb #04aef684
 CAGE = """
@@ -84,7 +82,6 @@ def make(starts, job):
 
 # %% ../nbs/81_bench_training.ipynb #72b032dc
 SAELENS = """
-import sys
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -178,9 +175,7 @@ def real_batches(
     batch_size:int=2048, # activations each
 ) -> torch.Tensor: # [n, batch_size, d_in], at mean squared norm 1
     "Activations to train on."
-    model = load_model(p.model, fold=p.fold)
-    rows = load_rows(p.corpus, model, "train", p.n_tokens, p.row_len, seed=p.seed)
-    store = load_store(model, rows, [p.site], dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
+    store, _ = stores(p, load_model(p.model, fold=p.fold), [p.site])
     return torch.stack([*batches(store, p.site, batch_size, p.seed, steps=n)])*store.mean_square(p.site)**-.5
 
 def trained(

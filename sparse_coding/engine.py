@@ -290,7 +290,7 @@ class Learner:
         self.tied = isinstance(sae, TiedSAE)
         if not self.tied: sae.W_enc.data = sae.W_enc.data.T.contiguous().T        # one feature after the other in memory
         self.opt = adam(sae, lr, betas)
-        self.fired, self.rows, self.density = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.M.device), 0, 1.
+        self.fired, self.density = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.M.device), 1.
 
 @patch
 def note(self:Learner,
@@ -299,7 +299,6 @@ def note(self:Learner,
 ):
     "Keep count of who fires."
     self.fired += counts
-    self.rows += batch
     if counts.device.type == "cpu": self.density = int(counts.sum())/(batch*self.sae.d_sae)
 
 # %% ../nbs/07_engine.ipynb #2c694bbf
@@ -575,9 +574,7 @@ def resample(self:Learner,
 @patch
 def count_anew(self:Engine):
     "Forget who has fired so far."
-    for l in self.learners:
-        l.fired.zero_()
-        l.rows = 0
+    for l in self.learners: l.fired.zero_()
 
 # %% ../nbs/07_engine.ipynb #e7f782c2
 @patch
@@ -585,7 +582,7 @@ def tensors(self:Engine) -> dict[str, Tensor]: # by dictionary and name
     "Everything that changes while an engine runs."
     found = {}
     for i,l in enumerate(self.learners):
-        found |= {f"{i}.fired": l.fired, f"{i}.rows": torch.tensor(l.rows), f"{i}.density": torch.tensor(l.density, dtype=torch.float64)}
+        found |= {f"{i}.fired": l.fired, f"{i}.density": torch.tensor(l.density, dtype=torch.float64)}
         for name,q in l.sae.named_parameters():
             found |= {f"{i}.{name}": q.detach()} | {f"{i}.{name}.{m}": v for m,v in l.opt.state[q].items()}
     return found
@@ -600,4 +597,4 @@ def load(self:Engine,
     if own.keys() != found.keys() or any(own[k].shape != found[k].shape for k in own):
         raise SparseCodingError("The checkpoint is of other dictionaries than those to be trained: train them into a new folder.")
     for key,v in own.items(): v.copy_(found[key])
-    for i,l in enumerate(self.learners): l.rows, l.density = int(found[f"{i}.rows"]), float(found[f"{i}.density"])
+    for i,l in enumerate(self.learners): l.density = float(found[f"{i}.density"])

@@ -121,3 +121,14 @@ def test_drawing_without_replacement_takes_each_once_and_no_more_than_there_are(
 
 def test_bad_input_is_one_clear_sentence():
     with pytest.raises(SparseCodingError, match="as many alphas"): Engine([TiedSAE(4, 4)], [.1, .2])
+
+
+@pytest.mark.parametrize("dense_above", [0., 1.01])
+def test_the_frozen_clock_keeps_the_correction_of_the_first_step(dense_above):
+    sae, g = TiedSAE(12, 30), torch.Generator().manual_seed(0)
+    engine = Engine([sae], [.1], lr=.01, frozen_step=True, setting=Settings("highest", 2, dense_above))
+    for _ in range(20):
+        before = sae.b_enc.detach().clone()
+        engine.step(torch.randn(64, 12, generator=g))
+    m, v = (engine.learners[0].opt.state[sae.b_enc][k] for k in ("exp_avg", "exp_avg_sq"))
+    torch.testing.assert_close(before - sae.b_enc.detach(), .01*10*m/((1000*v).sqrt() + 1e-8), rtol=1e-3, atol=1e-7)
