@@ -175,7 +175,7 @@ def real_batches(
     batch_size:int=2048, # activations each
 ) -> torch.Tensor: # [n, batch_size, d_in], at mean squared norm 1
     "Activations to train on."
-    store, _ = stores(p, load_model(p.model, fold=p.fold), [p.site])
+    store, _ = stores(p, load_model(p.model, fold=p.fold))
     return torch.stack([*batches(store, p.site, batch_size, p.seed, steps=n)])*store.mean_square(p.site)**-.5
 
 def trained(

@@ -6,11 +6,11 @@
 __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', 'FIDELITY_CLAIMS', 'AUTOINTERP_CLAIMS',
            'AUTOINTERP_APPENDIX_CLAIMS', 'IOI_CLAIMS', 'CASE_STUDY_CLAIMS', 'CIRCUIT_CLAIMS', 'DISCUSSION_CLAIMS',
            'ATTENTION_SAE_CLAIMS', 'ATTENTION_HEAD_CLAIMS', 'ATTENTION_IOI_CLAIMS', 'CLAIMS', 'RULES', 'COLUMNS',
-           'SparseCodingError', 'Site', 'Preset', 'preset', 'check_preset', 'Recipe', 'sweep', 'study', 'set_seed',
-           'device', 'set_threads', 'threads', 'matmul_precision', 'probe_matmul', 'best_matmul', 'fast_matmul',
-           'keep_freed_memory', 'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download', 'fetch', 'read_wheel',
-           'wheel_members', 'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim',
-           'rule', 'ledger_path', 'record', 'verdict', 'report']
+           'SparseCodingError', 'Site', 'Preset', 'preset', 'check_preset', 'Recipe', 'sweep', 'mlp_grid', 'study',
+           'set_seed', 'device', 'set_threads', 'threads', 'matmul_precision', 'probe_matmul', 'best_matmul',
+           'fast_matmul', 'keep_freed_memory', 'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download',
+           'fetch', 'read_wheel', 'wheel_members', 'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance',
+           'mean_ci', 'Claim', 'rule', 'ledger_path', 'record', 'verdict', 'report']
 
 # %% ../nbs/00_core.ipynb #017422fa
 import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
@@ -80,14 +80,21 @@ class Preset:
     max_norm: float|None = 10. # leave out rows with more than this many times the median norm
     dtype: str = "float16" # of stored activations
     layer: int = 9 # layer of the figures that show one layer
-    layers: tuple = (9,) # residual-stream layers that get dictionaries
+    layers: tuple = (8, 9) # residual-stream layers that get dictionaries
+    mlp_layers: tuple = (0, 9) # MLP layers that get dictionaries; the first gets the grid of Fig 6
     attn_layers: tuple = (9,) # attention layers that get dictionaries
     ratios: tuple = (1., 2.) # R of the sweep: d_sae = R * d_in
     alphas: tuple = (.02, .035, .06, .12) # of the sweep
     alpha_unit: str = "paper" # "paper": eq. (4), E|x|^2 = 1; "code": error averaged over d, x unscaled
     ratio: float = 2. # of the dictionaries later sections use
     alpha: float = .06 # of the dictionaries later sections use
+    mlp_ratios: tuple = (.25, .5) # R of the MLP grid
+    mlp_alphas: tuple = (.015, .03, .06, .1) # of the MLP grid
+    mlp_ratio: float = .25 # R of the MLP dictionaries that later sections use
+    mlp_alpha: float = .06 # and their alpha
+    n_seeds: int = 2 # seeds with which tied and untied dictionaries are compared
     steps: int = 200 # optimiser steps
+    mlp_steps: int = 100 # optimiser steps at an MLP, which is wider
     batch_size: int = 2048
     lr: float = 1e-3
     frozen_step: bool = False # Adam with the bias correction of its first step, as the released code has it
@@ -108,12 +115,14 @@ def site(self:Preset) -> Site:
 PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, layers=(3, 9, 15, 28, 29),
-        attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4.), alphas=(.02, .035, .06, .1, .15), steps=1500),
+        mlp_layers=(0, 9, 28), attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1.,
+        n_seeds=3, steps=1500, mlp_steps=250),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
         corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, drop_first=False, max_norm=None,
-        layer=2, layers=tuple(range(6)), attn_layers=tuple(range(6)), ratios=(.5, 1., 2., 4., 8., 16., 32.),
-        alphas=tuple(float(f"{a:.4g}") for a in np.logspace(-4, -2, 16)), alpha_unit="code", alpha=8.577e-4,
-        steps=20_480, batch_size=1024),
+        layer=2, layers=tuple(range(6)), mlp_layers=tuple(range(6)), attn_layers=tuple(range(6)),
+        ratios=(.5, 1., 2., 4., 8., 16., 32.), alphas=tuple(float(f"{a:.4g}") for a in np.logspace(-4, -2, 16)),
+        alpha_unit="code", alpha=8.577e-4, mlp_ratios=(.25, .5, 1., 2., 4., 8., 16.), mlp_ratio=1., mlp_alpha=3.162e-4,
+        mlp_alphas=(1e-4, 3.162e-4, 5.623e-4, 1e-3, 1.778e-3, 3.162e-3), n_seeds=3, steps=20_480, mlp_steps=15_360, batch_size=1024),
 }
 
 # %% ../nbs/00_core.ipynb #c85abe95
@@ -136,11 +145,11 @@ def check_preset(
 ) -> Preset: # the same
     "Refuse settings that cannot work, before an hour is spent on them."
     if p.size not in PRESETS: raise SparseCodingError(f"Unknown size {p.size!r}: choose {', '.join(PRESETS)}.")
-    if low := [a for a in (*p.alphas, p.alpha) if a < 0]:
+    if low := [a for a in (*p.alphas, p.alpha, *p.mlp_alphas, p.mlp_alpha) if a < 0]:
         raise SparseCodingError(f"alpha = {low[0]} is negative: the sparsity penalty of eq. (4) needs alpha >= 0.")
     if p.alpha_unit not in ("paper", "code"):
         raise SparseCodingError(f"Unknown alpha_unit {p.alpha_unit!r}: choose paper or code.")
-    if low := [r for r in (*p.ratios, p.ratio) if r <= 0]:
+    if low := [r for r in (*p.ratios, p.ratio, *p.mlp_ratios, p.mlp_ratio) if r <= 0]:
         raise SparseCodingError(f"R = {low[0]} is no dictionary: the ratio d_sae / d_in must be above 0.")
     return p
 
@@ -163,14 +172,30 @@ def sweep(
     "The grid behind Fig 6."
     return [Recipe(p.site, r, a, seed=p.seed) for r in p.ratios for a in p.alphas]
 
+def mlp_grid(
+    p:Preset, # gives the site, and ratios and alphas of the MLP grid
+) -> list[Recipe]: # tied and untied, with and without a penalty, and some with other seeds
+    "The grid behind Fig 6 as the paper has it, and the MLP half of Fig 16."
+    site, kinds = Site(p.mlp_layers[0], "mlp_post"), (True, False)
+    grid = [Recipe(site, r, a, t, seed=p.seed) for t in kinds for r in p.mlp_ratios for a in (*p.mlp_alphas, 0.)]
+    others = range(p.seed + 1, p.seed + p.n_seeds)
+    return grid + [Recipe(site, p.mlp_ratios[0], a, t, seed=s) for s in others for t in kinds for a in p.mlp_alphas]
+
+# %% ../nbs/00_core.ipynb #f767cf3b
 def study(
-    p:Preset, # gives layers, ratios and alphas
-) -> list[Recipe]: # without repetition, in training order
+    p:Preset, # gives layers, ratios, alphas and seeds
+) -> dict[str, list[Recipe]]: # by group, each recipe once
     "Every dictionary that some figure of the two papers needs at this preset."
-    layers = [Recipe(Site(l), p.ratio, a, seed=p.seed) for l in p.layers for a in (p.alpha, 0.)]
-    mlp = [Recipe(Site(l, "mlp_post"), 1., a, tied=False, seed=p.seed) for l in p.layers for a in (p.alpha, 0.)]
-    attn = [Recipe(Site(l, "attn_z"), p.ratio, p.alpha, tied=False, norm="project", seed=p.seed) for l in p.attn_layers]
-    return list(dict.fromkeys(sweep(p) + layers + mlp + attn))
+    seeds, mlps = range(p.seed, p.seed + p.n_seeds), [Site(l, "mlp_post") for l in p.mlp_layers]
+    groups = {"sweep": sweep(p), "no penalty": [Recipe(p.site, r, 0., seed=p.seed) for r in p.ratios if r <= 4],
+              "ties": [Recipe(p.site, 1., a, t, seed=s) for s in seeds for t in (True, False) for a in p.alphas]}
+    groups |= {f"residual {l}": [Recipe(Site(l), p.ratio, p.alpha, seed=p.seed)] for l in p.layers}
+    groups |= {"MLP grid": mlp_grid(p)}
+    groups |= {f"MLP {s.layer}": [Recipe(s, p.mlp_ratio, p.mlp_alpha, False, seed=p.seed),
+                                  *(Recipe(s, max(p.mlp_ratios), a, seed=p.seed) for a in (p.mlp_alpha, 0.))] for s in mlps}
+    groups |= {f"attention {l}": [Recipe(Site(l, "attn_z"), p.ratio, p.alpha, False, "project", seed=p.seed)] for l in p.attn_layers}
+    first = {r: name for name,group in reversed(groups.items()) for r in group}
+    return {name: group for name in groups if (group := [r for r in dict.fromkeys(groups[name]) if first[r] == name])}
 
 # %% ../nbs/00_core.ipynb #5feb7491
 def set_seed(
@@ -498,23 +523,25 @@ TRAINING_CLAIMS = (
           "truth above 0.9, lower end of the interval over seeds; random directions stay below 0.9."),
     Claim("P1-tied", "fn. 2, C.3, E", "no number",
           "Tying costs nothing on the residual stream, something on MLP; halves memory",
-          "FVU at matched L0, tied against untied, CI over seeds; bytes."),
+          "FVU at matched L0, untied over tied, interval over seeds: within 3% of 1 at the residual stream, below 1 at the MLP; bytes of weights."),
     Claim("P1-bias", "app. G", "'always in practice'",
           "The learned encoder bias is practically always negative",
-          "Share of live features with b < 0."),
+          "Share of live features of the sweep (alpha > 0) with b < 0: at least 95%, lower end of the interval over dictionaries."),
     Claim("P1-smooth", "B, Fig 6", "Fig 6 (MLP layer 0)",
           "Sparsity against unexplained variance is smooth, no knee",
-          "Curvature test on log-log frontier; drawn at MLP layer 0 and at the residual stream."),
+          "A parabola through log FVU against log L0 leaves no point more than 5% off, upper end of the interval over the "
+          "lines (ratios and seeds) of MLP and residual stream; a knee, two straight lines, would leave more."),
     Claim("P1-conv", "B, Fig 7", "Fig 7",
           "Training longer moves the frontier little after some point; larger dictionaries take longer",
-          "FVU at matched L0 against activations seen, by R."),
+          "FVU at matched L0 after a half and after all of the run: less than 5% apart at the smallest R (interval over text), "
+          "and further apart the larger R."),
     Claim("P1-cost", "B, 6.3", "< 1 h",
           "A run of this size takes under an hour on one A40; orders of magnitude less compute than the model's "
           "own training",
           "Shown: seconds and FLOP count, ours and the paper configuration."),
     Claim("P1-variance", "C.1", "no number",
           "Larger dictionaries explain more variance",
-          "FVU at matched L0 falls with R."),
+          "Slope of log FVU, at an L0 all sizes reach, on log R: below 0, interval over text."),
     Claim("P1-alpha", "E", "8.6e-4, 3.2e-4",
           "Fig 16 led to the alphas used for Fig 2 and Fig 10",
           "Shown: the alpha our curve would pick by the same reasoning."),
@@ -525,18 +552,20 @@ FIDELITY_CLAIMS = (
     Claim("P1-active", "E, Fig 16", "Fig 16",
           "Residual dictionaries reach at least 4x overcomplete before features drop out; number active depends "
           "on alpha and R",
-          "Live features (> 10 firings) against alpha, R; number and fraction."),
+          "At some alpha > 0 a dictionary of R >= 4 keeps at least 95% of its features alive (> 10 firings on held-out text), "
+          "lower end of the interval; partly if more than half."),
     Claim("P1-mlpdead", "C.3, E", "under half usable",
           "MLP dictionaries have many dead features even at alpha = 0; at R = 2 under half usable, early layers "
           "excepted",
-          "Live features on mlp_post against alpha and R. The embedded MLP is gated, so mlp_post is signed there; "
-          "a GELU architecture at the paper preset."),
+          "Tied dictionaries at the largest R on mlp_post: over 10% dead (no firing) at alpha = 0 beyond the first layer; under "
+          "half alive (> 10 firings) at the working alpha beyond it; more alive at the first. All three, or partly."),
     Claim("P1-ppl", "6.2", "25 -> 40",
           "Splicing the reconstruction in at layer 2 raises perplexity",
-          "Perplexity and CE per trained layer, clean / spliced / zero / mean ablation; 16k tokens."),
+          "Cross-entropy with the reconstruction minus without, per trained layer: above 0 at each, interval over rows."),
     Claim("P1-across", "5.3", "no number",
           "Similar features recur across layers with high cosine",
-          "MMCS between neighbouring trained layers against null."),
+          "Live features of a layer and the next below: median best cosine above .7; partly if only above that of random "
+          "directions."),
 )
 
 # %% ../nbs/00_core.ipynb #8a944481

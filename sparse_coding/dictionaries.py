@@ -349,6 +349,7 @@ def evaluate(
     batches:Iterable[Float[Tensor, "n d_in"]], # held-out activations, any batch sizes
     min_fires:int=1, # firings a feature needs to count as alive
     density:bool=False, # also return the tensor feature_density
+    per_batch:bool=False, # also return n, l0, mse and cossim of every batch, for intervals
 ) -> dict: # l0, fvu, explained_variance, mse, cossim, frac_alive, n
     "Every metric of this notebook, streamed; equal to the all-at-once values. Raises on NaN and on an empty stream."
     sums = _Sums(dictionary.d_sae)
@@ -358,7 +359,8 @@ def evaluate(
             c = dictionary.encode(x)
             sums.add(x, c, dictionary.decode(c))
     if not sums.n: raise SparseCodingError("There was nothing to evaluate: the stream of activations is empty.")
-    return sums.metrics(min_fires) | ({"feature_density": sums.fires/sums.n} if density else {})
+    more = {"feature_density": sums.fires/sums.n} if density else {}
+    return sums.metrics(min_fires) | more | ({"batches": sums.batches} if per_batch else {})
 
 # %% ../nbs/05_dictionaries.ipynb #753ceadd
 def _check_finite(x, n):
@@ -372,11 +374,12 @@ def _check_finite(x, n):
 class _Sums:
     "Sums over rows, in float64, from which every metric follows."
     def __init__(self, d_sae):
-        self.n, self.rows, self.x, self.xx, self.fires = 0, {}, 0., 0., torch.zeros(d_sae).double()
+        self.n, self.rows, self.x, self.xx, self.fires, self.batches = 0, {}, 0., 0., torch.zeros(d_sae).double(), []
     def add(self, x, c, x_hat):
         "Add one batch."
         means = dict(l0=l0(c), mse=mse(x, x_hat), cossim=cossim(x, x_hat))
         self.rows = {k: self.rows.get(k, 0.) + len(x)*v for k, v in means.items()}
+        self.batches.append(dict(n=len(x), **means))
         if not self.n: self.shift = x.double().mean(0)
         centred, self.n = x.double() - self.shift, self.n + len(x)
         self.x, self.xx = self.x + centred.sum(0), self.xx + centred.pow(2).sum().item()

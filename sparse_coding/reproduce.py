@@ -134,10 +134,12 @@ def estimate(
 ) -> dict: # seconds by part, disk and memory in bytes
     "Time, disk and memory of a run in which nothing has been computed yet."
     model = load_model(p.model, fold=p.fold)
-    recipes = [r for r in study(p) if r.site == p.site]
-    n_tokens = p.n_tokens + p.n_heldout
-    harvest = estimate_harvest(model, n_tokens, [p.site])
-    training = estimate_training(recipes, model.d_in(p.site), p.batch_size, p.steps)
+    groups = [g for g in study(p).values() if not g[0].site.kind.startswith("attn")]
+    sites = list(dict.fromkeys(g[0].site for g in groups))
+    harvest = estimate_harvest(model, p.n_tokens + p.n_heldout, sites, p.row_len)
+    steps = lambda s: p.mlp_steps if s.kind == "mlp_post" else p.steps
+    parts = [estimate_training(g, model.d_in(s := g[0].site), p.batch_size, steps(s)) for g in groups]
+    training = {"seconds": sum(e["seconds"] for e in parts), "bytes": max(e["bytes"] for e in parts)}
     weights = sum(q.numel()*q.element_size() for q in model.hf.parameters())
     return {"start": 15.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],
             "disk": harvest["bytes"] + weights, "memory": int(.6e9) + weights + training["bytes"]}

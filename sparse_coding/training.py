@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['eq4_alpha', 'input_scale', 'ahead', 'resume', 'checkpoint', 'train', 'log_rows', 'read_log', 'replace_dead',
-           'toy_stream', 'recover', 'plot_recovery', 'judge_recovery', 'stores', 'build', 'site_recipes',
-           'training_operations', 'estimate_training', 'in_order', 'metadata', 'train_site', 'save_dictionaries',
-           'dictionary', 'plot_log', 'fig6']
+           'toy_stream', 'recover', 'plot_recovery', 'judge_recovery', 'stores', 'build', 'training_operations',
+           'estimate_training', 'in_order', 'metadata', 'measure', 'course', 'group_of', 'train_group',
+           'save_dictionaries', 'results', 'dictionary_folder', 'dictionary', 'plot_log', 'fig6']
 
 # %% ../nbs/07_training.ipynb #5c5deeca
 import json, os, time
@@ -99,6 +99,7 @@ def train(
     log_every:int=10, # steps between lines of the log
     save_every:int=250, # steps between checkpoints
     resampling:Resampling=None, # when dead features are replaced; never if not given
+    watch:Callable[[int], None]=None, # called with the number of every step taken
     **adam, # betas and frozen_step of the engine
 ) -> Path: # the folder
     "Train several dictionaries on one stream, resumably; an interruption costs at most `save_every` steps."
@@ -113,6 +114,7 @@ def train(
             rows, last = engine.step(x), step == steps
             if step % log_every == 0 or last: log_rows(log, step, rows, x)
             if resampling: replace_dead(engine, resampling, step, stream, log)
+            if watch: watch(step)
             if step % save_every == 0 or last:
                 log.flush()
                 checkpoint(folder, engine, {**state, "step": step, "seconds": time.perf_counter() - begin})
@@ -218,9 +220,10 @@ def judge_recovery(rec):
 def stores(
     p:Preset, # corpus, counts, dropping rule
     model:LanguageModel, # under study
-    sites:list[Site], # harvested in one pass
+    sites:list[Site]=None, # harvested in one pass; all residual and MLP sites of the study if not given
 ) -> tuple[ActivationStore, ActivationStore]: # training and held-out activations
     "The activations a preset trains and tests on, from different documents."
+    if sites is None: sites = [s for s in dict.fromkeys(g[0].site for g in study(p).values()) if not s.kind.startswith("attn")]
     def store(split, n):
         rows = load_rows(p.corpus, model, split, n, p.row_len, seed=p.seed)
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
@@ -237,12 +240,6 @@ def build(
     if recipe.tied: return TiedSAE(d_in, d_sae, norm=recipe.norm, seed=recipe.seed)
     return UntiedSAE(d_in, d_sae, pre_bias=recipe.norm == "project", norm=recipe.norm, seed=recipe.seed)
 
-def site_recipes(
-    p:Preset, # whose study
-    site:Site, # one site
-) -> list[Recipe]: # trained together, on one stream
-    "The recipes of the study that read at one site."
-    return [r for r in study(p) if r.site == site]
 
 # %% ../nbs/07_training.ipynb #e9abff12
 def training_operations(
@@ -294,29 +291,67 @@ def metadata(
                 alpha_unit=p.alpha_unit, provenance=provenance(p))
 
 # %% ../nbs/07_training.ipynb #127b008a
-def train_site(
+def measure(
+    sae:Dictionary, # in the model's units
+    heldout:ActivationStore, # test activations
+    site:Site, # of the dictionary
+    stop:int=None, # use only the first so many activations
+) -> dict: # every metric of `evaluate`, the pieces of text it was measured on, and how often each feature fired
+    "Measure a dictionary on held-out text, as a whole and in pieces."
+    size = max(256, min(4096, heldout.n//16))
+    pieces = islice(in_order(heldout, site, size), stop and max(1, stop//size))
+    with fast_matmul(): found = evaluate(sae.cpu(), pieces, density=True, per_batch=True)
+    fires = (found.pop("feature_density")*found["n"]).round().long()
+    return found | {"alive": int((fires > 10).sum()), "fires": fires}
+
+# %% ../nbs/07_training.ipynb #64e284cc
+def course(
+    folder:Path, # receives one file per mark
+    saes:list[Dictionary], # in training, on scale*x
+    scale:float, # of the training data
+    heldout:ActivationStore, # test activations
+    site:Site, # of the dictionaries
+    marks:list[int], # steps at which to measure
+) -> Callable[[int], None]: # to be called after every step
+    "Measure dictionaries on some held-out text while they learn."
+    def watch(step):
+        if step not in marks: return
+        found = [measure(s.scaled(scale), heldout, site, 8192) for s in saes]
+        write_json(folder/f"course-{step}.json", [{k: f[k] for k in ("l0", "fvu", "frac_alive")} for f in found])
+    return watch
+
+def group_of(
+    p:Preset, # whose study
+    name:str|Recipe, # a group, or a recipe in it
+) -> list[Recipe]: # of that group
+    "The recipes of a group; raises `SparseCodingError` where the study has no such group or recipe."
+    groups = study(p)
+    if name in groups: return groups[name]
+    if found := [g for g in groups.values() if name in g]: return found[0]
+    raise SparseCodingError(f"{name} is not in the study of preset {p.name}, which has {', '.join(groups)}: see study() in 00_core.")
+
+# %% ../nbs/07_training.ipynb #fb95e240
+def train_group(
     p:Preset, # steps, batch, learning rate, unit of alpha
     model:LanguageModel, # under study
-    store:ActivationStore, # training activations
-    heldout:ActivationStore, # test activations
-    site:Site, # one site of the store
-) -> Path: # a folder per recipe, run/ with the log, results.json
-    "Train every recipe of the study at one site, unless it has been done."
-    recipes = site_recipes(p, site)
-    if not recipes: raise SparseCodingError(f"The study of preset {p.name} has no dictionary at {site}.")
-    scale = input_scale(store.mean_square(site), p.alpha_unit)
+    name:str, # a group of the study
+) -> Path: # a folder per recipe, run/ with the log, results.json, course.json
+    "Train a group of the study, unless it has been done; raises for a group that does not exist."
+    recipes = group_of(p, name)
+    (store, heldout), site = stores(p, model), recipes[0].site
+    scale, steps = input_scale(store.mean_square(site), p.alpha_unit), p.mlp_steps if site.kind == "mlp_post" else p.steps
     config = dict(store=store.folder.name, heldout=heldout.folder.name, site=site, recipes=[asdict(r) for r in recipes],
-                  drop_first=p.drop_first, max_norm=p.max_norm, steps=p.steps, batch_size=p.batch_size, lr=p.lr,
+                  drop_first=p.drop_first, max_norm=p.max_norm, steps=steps, batch_size=p.batch_size, lr=p.lr,
                   alpha_unit=p.alpha_unit, frozen_step=p.frozen_step, seed=p.seed, scale=scale)
-    on = device()
     def stream(start):
-        for x in batches(store, site, p.batch_size, p.seed, start, p.steps - start): yield x.to(on)*scale
+        for x in batches(store, site, p.batch_size, p.seed, start, steps - start): yield x.to(device())*scale
     def compute(folder):
-        saes = [build(r, store.d_in(site)).to(on) for r in recipes]
+        saes = [build(r, store.d_in(site)).to(device()) for r in recipes]
         alphas = [eq4_alpha(r.alpha, p.alpha_unit, store.d_in(site)) for r in recipes]
-        train(saes, alphas, stream, p.steps, folder/"run", p.lr, frozen_step=p.frozen_step)
+        watch = course(folder, saes, scale, heldout, site, [steps >> k for k in range(4, -1, -1)])
+        train(saes, alphas, stream, steps, folder/"run", p.lr, frozen_step=p.frozen_step, watch=watch)
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
-    return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries))
+    return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries, course))
 
 # %% ../nbs/07_training.ipynb #a8c6caac
 def save_dictionaries(
@@ -333,22 +368,38 @@ def save_dictionaries(
     for i,(sae,r) in enumerate(zip(saes, recipes)):
         sae = sae.cpu().scaled(scale)
         sae.metadata |= metadata(p, r, model)
-        sae.save(folder/f"{i:02}")
-        with fast_matmul(): found = evaluate(sae, in_order(heldout, r.site))
-        results.append(dict(ratio=r.ratio, alpha=r.alpha, d_sae=sae.d_sae, **found))
+        sae.save(folder/f"{i:03}")
+        found = measure(sae, heldout, r.site)
+        save_file({"fires": found.pop("fires")}, folder/f"{i:03}"/"fires.safetensors")
+        results.append({**asdict(r), "site": str(r.site), "d_in": sae.d_in, "d_sae": sae.d_sae, **found})
     write_json(folder/"results.json", results)
 
 # %% ../nbs/07_training.ipynb #4f0324a8
+def results(
+    p:Preset, # whose study
+    model:LanguageModel, # under study
+    *names:str, # groups of the study
+) -> list[dict]: # the recipe's fields and what was measured, one per dictionary
+    "What was measured of all dictionaries of some groups, trained first if need be."
+    return [r for name in names for r in read_json(train_group(p, model, name)/"results.json")]
+
+def dictionary_folder(
+    p:Preset, # whose study
+    model:LanguageModel, # under study
+    recipe:Recipe, # which one
+) -> Path: # holds weights, cfg.json and fires.safetensors
+    "Where the dictionary of a recipe is, trained first if need be."
+    group = group_of(p, recipe)
+    name = next(n for n,g in study(p).items() if recipe in g)
+    return train_group(p, model, name)/f"{group.index(recipe):03}"
+
 def dictionary(
     p:Preset, # whose study
     model:LanguageModel, # under study
     recipe:Recipe, # which one
 ) -> Dictionary: # in the model's units, trained first if need be
     "The dictionary a recipe names. Later sections ask here and never train."
-    recipes = site_recipes(p, recipe.site)
-    if recipe not in recipes: raise SparseCodingError(f"{recipe} is not in the study of preset {p.name}: see study() in 00_core.")
-    folder = train_site(p, model, *stores(p, model, [recipe.site]), recipe.site)
-    return load_dictionary(folder/f"{recipes.index(recipe):02}").check(model, recipe.site)
+    return load_dictionary(dictionary_folder(p, model, recipe)).check(model, recipe.site)
 
 # %% ../nbs/07_training.ipynb #91c2851d
 def plot_log(
@@ -368,16 +419,16 @@ def plot_log(
 
 # %% ../nbs/07_training.ipynb #385dec39
 def fig6(
-    results:list[dict], # ratio, alpha, l0, fvu of each dictionary
+    found:list[dict], # ratio, alpha, l0, fvu of each dictionary
 ) -> plt.Figure:
     "Active features against unexplained variance, one line per ratio, one point per alpha; Fig 6."
     fig, ax = plt.subplots(figsize=(6, 3.2))
-    ratios = sorted({r["ratio"] for r in results})
+    ratios = sorted({r["ratio"] for r in found})
     for color,ratio in zip(shades(len(ratios)), ratios):
-        line = sorted((r["l0"], r["fvu"], r["alpha"]) for r in results if r["ratio"] == ratio and r["alpha"] > 0)
+        line = sorted((r["l0"], r["fvu"], r["alpha"]) for r in found if r["ratio"] == ratio and r["alpha"] > 0)
         ax.plot(*list(zip(*line))[:2], "o-", color=color, label=f"{ratio:g}")
-    for alpha in sorted({r["alpha"] for r in results if r["alpha"] > 0}):
-        lowest = min((r for r in results if r["alpha"] == alpha), key=lambda r: r["fvu"])
+    for alpha in sorted({r["alpha"] for r in found if r["alpha"] > 0}):
+        lowest = min((r for r in found if r["alpha"] == alpha), key=lambda r: r["fvu"])
         ax.annotate(rf"$\alpha$ {alpha:g}", (lowest["l0"], lowest["fvu"]), (-3, -10), textcoords="offset points", ha="right",
                     fontsize=7, color="#555555")
     ax.set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained", xscale="log", ylim=(0, None))
