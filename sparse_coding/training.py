@@ -103,8 +103,7 @@ def train(
     **adam, # betas and frozen_step of the engine
 ) -> Path: # the folder
     "Train several dictionaries on one stream, resumably; an interruption costs at most `save_every` steps."
-    folder.mkdir(parents=True, exist_ok=True)
-    state = resume(folder)
+    folder.mkdir(parents=True, exist_ok=True); state = resume(folder)
     engine = Engine(saes, alphas, lr, setting=Settings(**state["settings"]), **adam)
     if state["step"]: engine.load(load_file(folder/f"step-{state['step']}.safetensors"))
     begin = time.perf_counter() - state["seconds"]
@@ -116,8 +115,7 @@ def train(
             if resampling: replace_dead(engine, resampling, step, stream, log)
             if watch: watch(step)
             if step % save_every == 0 or last:
-                log.flush()
-                checkpoint(folder, engine, {**state, "step": step, "seconds": time.perf_counter() - begin})
+                log.flush(); checkpoint(folder, engine, {**state, "step": step, "seconds": time.perf_counter() - begin})
     return folder
 
 # %% ../nbs/07_training.ipynb #19f65794
