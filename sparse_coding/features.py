@@ -8,7 +8,7 @@ __all__ = ['alpha_axis', 'round_ticks', 'plot_alive', 'fig16', 'fires', 'wilson'
            'follow', 'silent', 'uncentred', 'trial', 'with_rule', 'energy_shares', 'Sums', 'central_sums', 'merged',
            'shape_of', 'moments', 'feature_moments']
 
-# %% ../nbs/08_features.ipynb #52336f8d
+# %% ../nbs/08_features.ipynb #31718f96
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -37,7 +37,7 @@ from .toy import ToyFeatures, mmcs_null
 from .training import (ahead, build, dictionary, dictionary_folder, eq4_alpha, in_order, input_scale, measure, results,
     stores, toy_stream, train_group)
 
-# %% ../nbs/08_features.ipynb #6646e2c6
+# %% ../nbs/08_features.ipynb #f4caa4b6
 def alpha_axis(
     ax:plt.Axes, # gets a logarithmic axis with a place for 0
     alphas:Iterable[float], # to be shown, perhaps with 0 among them
@@ -52,7 +52,7 @@ def alpha_axis(
     ax.text((zero*positive[0])**.5, 0, "//", ha="center", va="center", transform=ax.get_xaxis_transform(), fontsize=8)
     return zero
 
-# %% ../nbs/08_features.ipynb #b5334312
+# %% ../nbs/08_features.ipynb #96bf493d
 def round_ticks(
     axis, # of a plot, logarithmic
 ):
@@ -61,7 +61,7 @@ def round_ticks(
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(NullLocator())
 
-# %% ../nbs/08_features.ipynb #2005cb09
+# %% ../nbs/08_features.ipynb #8174ef3e
 def plot_alive(
     ax:plt.Axes, # to be filled
     found:list[dict], # measured dictionaries of one kind, from `results`
@@ -78,7 +78,7 @@ def plot_alive(
             ax.plot(x[k:], y[k:], style, ms=3.5, color=colors[ratio])
             ax.plot(x[:k + 1], y[:k + 1], style, ms=3.5, color=colors[ratio], alpha=.4)
 
-# %% ../nbs/08_features.ipynb #c9257f2a
+# %% ../nbs/08_features.ipynb #f50c006a
 def fig16(
     panels:dict[str, list[dict]], # by title: measured dictionaries, from `results`
 ) -> plt.Figure:
@@ -98,7 +98,7 @@ def fig16(
     fig.legend(lines, [f"{r:g}" for r in ratios], title="ratio $R$", loc="outside right center")
     return fig
 
-# %% ../nbs/08_features.ipynb #25a492c9
+# %% ../nbs/08_features.ipynb #046fbf58
 def fires(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -107,7 +107,7 @@ def fires(
     "On how many held-out activations each feature of a study's dictionary is active."
     return load_file(dictionary_folder(p, model, recipe)/"fires.safetensors")["fires"]
 
-# %% ../nbs/08_features.ipynb #8dbf7355
+# %% ../nbs/08_features.ipynb #e3b2c547
 def wilson(
     k:int, # successes
     n:int, # trials
@@ -129,7 +129,7 @@ def judge_active(rec):
     if rec["measured"] is None: return "not comparable"
     return "holds" if rec["ci95"][0] >= .95 else "partly" if rec["measured"] > .5 else "does not hold"
 
-# %% ../nbs/08_features.ipynb #3e079456
+# %% ../nbs/08_features.ipynb #c547d8c2
 def mlp_shares(
     p:Preset, # gives the largest ratio, the working alpha and the seed
     found:list[dict], # of all MLP groups
@@ -151,7 +151,7 @@ def judge_mlpdead(rec):
     parts = min(dead) > .1, max(later) < .5, first > max(later)
     return "holds" if all(parts) else "partly" if any(parts) else "does not hold"
 
-# %% ../nbs/08_features.ipynb #c45e5434
+# %% ../nbs/08_features.ipynb #bfdb0a5b
 def picked_alpha(
     found:list[dict], # from `results`
     ratio:float, # of the dictionaries one wants to use
@@ -168,7 +168,7 @@ def unscaled_alpha(
     "The alpha that does to unscaled activations what `alpha` does to scaled ones."
     return {"eq4": alpha*mean_square**.5, "code": alpha*mean_square**.5/d_in}
 
-# %% ../nbs/08_features.ipynb #3937801a
+# %% ../nbs/08_features.ipynb #ebcbeb4e
 def frequency_bins(
     counts:Int[Tensor, "d_sae"], # firings, from `fires`
     n:int, # activations they were counted on
@@ -194,7 +194,7 @@ def plot_frequencies(
     ax.set(xlabel="share of activations a feature fires on", ylabel="share of features")
     ax.legend(title=r"$\alpha$")
 
-# %% ../nbs/08_features.ipynb #ebfc006b
+# %% ../nbs/08_features.ipynb #c76149dd
 def mean_activation(
     store:ActivationStore, # read once
     site:Site, # one of its sites
@@ -204,7 +204,7 @@ def mean_activation(
     for x in in_order(store, site): total, n = total + x.double().sum(0), n + len(x)
     return (total/n).float()
 
-# %% ../nbs/08_features.ipynb #33a58ada
+# %% ../nbs/08_features.ipynb #e2c4393d
 def follow(
     saes:list[Dictionary], # trained in place, all of one size
     alphas:list[float], # eq. (4), one each
@@ -226,7 +226,7 @@ def follow(
         engine.count_anew()
     return torch.stack(fired)
 
-# %% ../nbs/08_features.ipynb #9c9943b8
+# %% ../nbs/08_features.ipynb #491ac8cf
 def silent(
     fired:Int[Tensor, "windows saes d_sae"], # from `follow`
 ) -> tuple[Float[Tensor, "windows saes"], Float[Tensor, "windows saes"]]: # silent in a window; from it to the end
@@ -234,7 +234,7 @@ def silent(
     later = (fired > 0).flip(0).cummax(0).values.flip(0)
     return (fired == 0).double().mean(-1), (~later).double().mean(-1)
 
-# %% ../nbs/08_features.ipynb #5e971a19
+# %% ../nbs/08_features.ipynb #d82f6c95
 def uncentred(
     sae:Dictionary, # made for x - mean
     mean:Float[Tensor, "d_in"], # what was subtracted
@@ -245,7 +245,7 @@ def uncentred(
     raw.b_dec.data += mean
     return raw
 
-# %% ../nbs/08_features.ipynb #286a419a
+# %% ../nbs/08_features.ipynb #cc1aaaea
 def _train_trial(folder, p, store, site, saes, alphas, steps, every, centre, resampling):
     "Train on one rule's activations; leave who fired in `folder` and return the dictionaries in the model's units."
     mean = mean_activation(store, site) if centre else torch.zeros(store.d_in(site))
@@ -257,7 +257,7 @@ def _train_trial(folder, p, store, site, saes, alphas, steps, every, centre, res
     save_file({"fired": fired.int()}, folder/"fired.safetensors")
     return [uncentred(s.cpu().scaled(scale), mean) for s in saes]
 
-# %% ../nbs/08_features.ipynb #70f76663
+# %% ../nbs/08_features.ipynb #1e052c52
 def trial(
     p:Preset, # ratio, learning rate, batch size, unit of alpha
     store:ActivationStore, # trained on, by its rule
@@ -283,7 +283,7 @@ def trial(
     folder = load_or_compute("trials", config, compute, code=(_train_trial, build, measure))
     return read_json(folder/"results.json"), load_file(folder/"fired.safetensors")["fired"]
 
-# %% ../nbs/08_features.ipynb #a88a942f
+# %% ../nbs/08_features.ipynb #9fc21e7f
 def with_rule(
     store:ActivationStore, # on disk
     dropping:bool=True, # leave out position 0 and what is longer than ten medians
@@ -291,7 +291,7 @@ def with_rule(
     "A store with the default dropping rule, or with none, whatever it was asked for with."
     return ActivationStore(store.folder, drop_first=dropping, max_norm=10. if dropping else None)
 
-# %% ../nbs/08_features.ipynb #705f8bb3
+# %% ../nbs/08_features.ipynb #f76b4fda
 def energy_shares(
     p:Preset, # corpus and length of rows
     model:LanguageModel, # under study
@@ -314,7 +314,7 @@ def energy_shares(
     config = dict(model=model.fingerprint, corpus=p.corpus, row_len=p.row_len, n_heldout=p.n_heldout, seed=p.seed, n_rows=n_rows)
     return read_json(load_or_compute("energy", config, compute, code=(LanguageModel.run_to,))/"shares.json")
 
-# %% ../nbs/08_features.ipynb #19526bcd
+# %% ../nbs/08_features.ipynb #9cb4dcef
 @dataclass
 class Sums:
     "Count, mean and sums of central powers of many columns."
@@ -343,7 +343,7 @@ def merged(
     M4 = A.M4 + B.M4 + d**4*(a*b*(a*a - a*b + b*b)/n**3) + 6*d**2*(a*a*B.M2 + b*b*A.M2)/n**2 + 4*d*(a*B.M3 - b*A.M3)/n
     return Sums(n, A.mean + d*(b/n), A.M2 + B.M2 + d**2*(a*b/n), M3, M4)
 
-# %% ../nbs/08_features.ipynb #fbbe9ed5
+# %% ../nbs/08_features.ipynb #95ad3cf6
 def shape_of(
     s:Sums, # of all rows
     floor:float=1e-8, # of the released code's denominators
@@ -370,7 +370,7 @@ def moments(
     if sums is None: raise SparseCodingError("There are no moments to take: the stream of activations is empty.")
     return dict(n=torch.tensor(sums.n), fires=fires, **shape_of(sums))
 
-# %% ../nbs/08_features.ipynb #e5917330
+# %% ../nbs/08_features.ipynb #6a06cc71
 def feature_moments(
     p:Preset, # whose study
     model:LanguageModel, # under study
