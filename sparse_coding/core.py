@@ -94,7 +94,7 @@ class Preset(Source):
     alpha_unit: str = "paper" # "paper": eq. (4), E|x|^2 = 1; "code": error averaged over d, x unscaled
     ratio: float = 2. # of the dictionaries later sections use
     alpha: float = .06 # of the dictionaries later sections use
-    mlp_ratios: tuple = (.25, .5) # R of the MLP grid
+    mlp_ratios: tuple = (.125, .25) # R of the MLP grid
     mlp_alphas: tuple = (.015, .03, .06, .1) # of the MLP grid
     mlp_ratio: float = .25 # R of the MLP dictionaries that later sections use
     mlp_alpha: float = .06 # and their alpha
@@ -157,6 +157,9 @@ def check_preset(
         raise SparseCodingError(f"Unknown alpha_unit {p.alpha_unit!r}: choose paper or code.")
     if low := [r for r in (*p.ratios, p.ratio, *p.mlp_ratios, p.mlp_ratio) if r <= 0]:
         raise SparseCodingError(f"R = {low[0]} is no dictionary: the ratio d_sae / d_in must be above 0.")
+    for name, value, grid in (("ratio", p.ratio, p.ratios), ("alpha", p.alpha, p.alphas)):
+        if value not in grid:
+            raise SparseCodingError(f"{name} = {value} is not in the sweep, whose {name}s are {grid}: later sections take their dictionary from it.")
     return p
 
 # %% ../nbs/00_core.ipynb #f70525fd

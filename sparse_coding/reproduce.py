@@ -297,7 +297,9 @@ def preset_from(
         changes |= {k: json.loads(v) for k,v in (item.split("=", 1) for item in args.set)}
     except ValueError:
         raise SparseCodingError("--layers takes numbers such as 3,9 and --set takes FIELD=JSON such as steps=100.") from None
-    if args.layers: changes.setdefault("layer", changes["layers"][0])
+    if args.layers:
+        layers = changes["layers"]
+        changes = {"layer": layers[0], "attn_layers": layers, "mlp_layers": tuple(dict.fromkeys((0, layers[0])))} | changes
     for name in ("model", "corpus"):                       # a path must mean the same in every notebook's folder
         if name in changes and Path(changes[name]).exists(): changes[name] = str(Path(changes[name]).resolve())
     if args.preset: os.environ["SPARSE_CODING_PRESET"] = args.preset

@@ -8,8 +8,8 @@ from command import COMMAND
 from test_notebooks import NOTEBOOKS
 from tiny import tiny_model
 
-COUNTS = dict(size="quick", n_tokens=16_384, n_heldout=8_192, ratios=[1, 2], alphas=[1e-4, 3e-3], ratio=2, alpha=3e-3, steps=60,
-              batch_size=256, attn_layers=[1])
+COUNTS = dict(size="quick", n_tokens=16_384, n_heldout=8_192, ratios=[1, 2], alphas=[1e-4, 3e-4, 1e-3, 3e-3], ratio=2, alpha=3e-3, steps=60,
+              mlp_ratios=[.25, 1], mlp_alphas=[1e-4, 3e-4, 1e-3, 3e-3], mlp_alpha=3e-3, mlp_steps=40, n_seeds=2, batch_size=256)
 
 
 @pytest.fixture(scope="module")
