@@ -122,7 +122,7 @@ PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, layers=(3, 9, 15, 28, 29),
         mlp_layers=(0, 9, 28), attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1.,
-        n_seeds=3, steps=1500, mlp_steps=250),
+        n_seeds=3, steps=1500, mlp_steps=200),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
         corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, drop_first=False, max_norm=None,
         layer=2, layers=tuple(range(6)), mlp_layers=tuple(range(6)), attn_layers=tuple(range(6)),
