@@ -8,7 +8,7 @@ __all__ = ['READINGS', 'METHODS', 'BASELINES', 'SignedDictionary', 'fixed', 'loa
            'fitted', 'baseline', 'few_features', 'plot_few_features', 'plot_tails', 'random_weights_model',
            'control_preset', 'train_control', 'plot_control']
 
-# %% ../nbs/09_baselines.ipynb #3b3ff3d1
+# %% ../nbs/09_baselines.ipynb #ecede52c
 import copy, math, time, warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -30,11 +30,11 @@ from .core import (Preset, Recipe, Site, SparseCodingError, device, fast_matmul,
     read_json, study, threads, write_json)
 from .dictionaries import Dictionary, TopKSAE, UntiedSAE, load_dictionary, unit_rows
 from .models import LanguageModel, fold_weights
-from .plots import COLORS
+from .plots import COLORS, plain_log
 from sparse_coding.training import (build, dictionary, dictionary_folder, eq4_alpha, in_order, input_scale, save_dictionaries,
     stores, train)
 
-# %% ../nbs/09_baselines.ipynb #cf2c446b
+# %% ../nbs/09_baselines.ipynb #7abb91b6
 class SignedDictionary(UntiedSAE):
     "A dictionary without a nonlinearity: its codes keep their sign."
     architecture = "signed"                                    # `load_dictionary` and SAELens refuse it, rather than cut it at zero
@@ -44,7 +44,7 @@ def act(self:SignedDictionary, a:Float[Tensor, "*b d_sae"]) -> Float[Tensor, "*b
     "The codes as they are."
     return a
 
-# %% ../nbs/09_baselines.ipynb #25a5eec2
+# %% ../nbs/09_baselines.ipynb #f69b90af
 def fixed(
     W_dec:Float[Tensor, "n d_in"], # directions, one per row; made unit rows
     W_enc:Float[Tensor, "d_in n"]=None, # how they are read; by projection if not given
@@ -61,7 +61,7 @@ def fixed(
     if b_dec is not None: d.b_dec.data = b_dec.float()
     return d.requires_grad_(False)
 
-# %% ../nbs/09_baselines.ipynb #931654d2
+# %% ../nbs/09_baselines.ipynb #a0839fb0
 def load_baseline(
     folder:Path, # written by `Dictionary.save`
 ) -> Dictionary: # as it was saved, bit for bit
@@ -74,7 +74,7 @@ def load_baseline(
     d.M.data, d.metadata = tensors["W_dec"], cfg["metadata"]
     return d
 
-# %% ../nbs/09_baselines.ipynb #2357377d
+# %% ../nbs/09_baselines.ipynb #cfe09464
 def random_rotation(
     d:int, # width
     seed:int, # of the draw
@@ -83,7 +83,7 @@ def random_rotation(
     q, r = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
     return q*r.diagonal().sign()
 
-# %% ../nbs/09_baselines.ipynb #83956c5e
+# %% ../nbs/09_baselines.ipynb #641c9f8c
 def covariance(
     stream:Iterable[Float[Tensor, "b d"]], # batches of activations
 ) -> tuple[int, Float[Tensor, "d"], Float[Tensor, "d d"]]: # rows, mean, covariance (divided by n), in float64
@@ -97,7 +97,7 @@ def covariance(
     if not n: raise SparseCodingError("There is nothing to take a covariance of: the stream of activations is empty.")
     return n, shift + s/n, ss/n - torch.outer(s/n, s/n)
 
-# %% ../nbs/09_baselines.ipynb #07281247
+# %% ../nbs/09_baselines.ipynb #1566be69
 def principal(
     cov:Float[Tensor, "d d"], # a covariance
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d"]]: # unit rows and the variance along each, largest first
@@ -107,7 +107,7 @@ def principal(
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return rows*largest.sign(), variance.flip(0).clamp_min(0)
 
-# %% ../nbs/09_baselines.ipynb #dbb2bc26
+# %% ../nbs/09_baselines.ipynb #41e7973e
 def independent(
     x:Float[Tensor, "n d"], # activations in memory
     max_iter:int=200, # of FastICA; scikit-learn's default
@@ -128,7 +128,7 @@ def independent(
     facts = dict(rows=n, iterations=ica.n_iter_, converged=not any(w.category is ConvergenceWarning for w in told))
     return (columns/length).T, readers*length, mean + sd*torch.tensor(ica.mean_), facts
 
-# %% ../nbs/09_baselines.ipynb #fe5bc936
+# %% ../nbs/09_baselines.ipynb #9c373b7f
 def moments(
     dictionary:Dictionary, # whose codes
     stream:Iterable[Float[Tensor, "b d_in"]], # activations, in its units
@@ -148,7 +148,7 @@ def moments(
     return dict(mean=shift + m, variance=variance, skew=(m3 - 3*m*m2 + 2*m**3)/variance**1.5,
                 kurtosis=(m4 - 4*m*m3 + 6*m**2*m2 - 3*m**4)/variance**2)
 
-# %% ../nbs/09_baselines.ipynb #7a900b1c
+# %% ../nbs/09_baselines.ipynb #5c5a251a
 READINGS = ("positive", "nonneg", "oriented", "topk")
 
 def read_as(
@@ -166,7 +166,7 @@ def read_as(
     mean = None if how in ("uncentred", "relu") else found["mean"]
     return fixed(rows, readers, mean, how in ("signed", "uncentred"), k)
 
-# %% ../nbs/09_baselines.ipynb #fbb78eea
+# %% ../nbs/09_baselines.ipynb #9ca3bd77
 def nearest_recipe(
     p:Preset, # whose study
     site:Site, # where
@@ -190,7 +190,7 @@ def working_k(
     folder = dictionary_folder(p, model, nearest_recipe(p, site, alpha, 1.))
     return max(1, round(read_json(folder.parent/"results.json")[int(folder.name)]["l0"]))
 
-# %% ../nbs/09_baselines.ipynb #84443343
+# %% ../nbs/09_baselines.ipynb #4fa839f8
 def ica_budget(
     p:Preset, # in force
 ) -> dict: # rows at most, iterations at most
@@ -220,7 +220,7 @@ def fit(
     found = dict(rows=rows, readers=readers, mean=mean, variance=found["variance"], skew=found["skew"].nan_to_num())
     return {k: v.float().contiguous() for k,v in found.items()}, facts
 
-# %% ../nbs/09_baselines.ipynb #4fc9608b
+# %% ../nbs/09_baselines.ipynb #79700b4e
 def fitted(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -243,7 +243,7 @@ def fitted(
     folder = load_or_compute("baselines", config, compute, code=(fit,))
     return load_file(folder/"directions.safetensors"), read_json(folder/"facts.json")
 
-# %% ../nbs/09_baselines.ipynb #ad10d9f5
+# %% ../nbs/09_baselines.ipynb #1dd831c6
 METHODS = {"basis": "relu", "random": "relu", "pca": "signed", "ica": "signed"}        # with the reading of the plain name
 BASELINES = (*METHODS, *(f"{m}-{how}" for m in METHODS for how in READINGS), "pca-uncentred", "no-penalty")
 
@@ -266,7 +266,7 @@ def baseline(
                       provenance=provenance(p))
     return d.check(model, site)
 
-# %% ../nbs/09_baselines.ipynb #c755067e
+# %% ../nbs/09_baselines.ipynb #89653b72
 def few_features(
     found:dict[str, Tensor], # directions, as from `fit`
     ks:Iterable[int], # how many codes may be active, in rising order
@@ -285,7 +285,7 @@ def few_features(
             unexplained[i] += left.double().square().sum().item()
     return (unexplained/(ss - (s/n).square().sum()*n).item()).tolist()
 
-# %% ../nbs/09_baselines.ipynb #c95704c0
+# %% ../nbs/09_baselines.ipynb #5250e011
 def plot_few_features(
     saes:list[dict], # ratio, l0, fvu of the sweep's SAEs
     ks:Iterable[int], # active features of the baselines
@@ -302,12 +302,11 @@ def plot_few_features(
               "basis": ("neuron basis, k largest", "D-"), "random": ("random rotation, k largest", "v-")}
     for name,(label,style) in styles.items():
         if name in lines: ax.plot(ks, lines[name], style, color=COLORS[name.split(",")[0]], label=label)
-    ax.set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained", xscale="log",
-           ylim=(0, None))
+    plain_log(ax, "x").set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained", ylim=(0, None))
     fig.legend(loc="outside right center")
     return fig
 
-# %% ../nbs/09_baselines.ipynb #6e42aac7
+# %% ../nbs/09_baselines.ipynb #d6e1bee6
 def plot_tails(
     kurtosis:dict[str, Tensor], # of each method's readings
     skew:dict[str, Tensor], # of each dictionary's codes
@@ -322,18 +321,16 @@ def plot_tails(
             ax.plot([q1, q3], [-i, -i], color=color, lw=5, solid_capstyle="butt")
             ax.plot(middle, -i, "o", color="w", mec=color)
         ax.set(yticks=[-i for i in range(len(values))], yticklabels=values)
-    axes[0].set(xscale="log", xlabel="kurtosis of readings, before any ReLU\n(3: a bell curve)")
+    plain_log(axes[0], "x").set(xlabel="kurtosis of readings, before any ReLU\n(3: a bell curve)")
+    axes[0].axvline(3, color=COLORS["ink"], lw=.6, ls=":")
     axes[1].set_xscale("symlog", linthresh=1)
-    axes[1].set(xlabel="skew of codes")
-    tails = 3, 10, 30, 100, 300
-    for ax,line,ticks in ((axes[0], 3, (1, 2, 3, 5, 10, 20, 50, 100, 300)), (axes[1], 0, (*(-t for t in tails), -1, 0, 1, *tails))):
-        low, high = ax.get_xlim()
-        ax.set_xticks([t for t in ticks if low < t < high])
-        ax.xaxis.set_major_formatter("{x:g}"); ax.minorticks_off()
-        ax.axvline(line, color=COLORS["ink"], lw=.6, ls=":")
+    low, high = axes[1].get_xlim()
+    axes[1].set(xlabel="skew of codes", xticks=[t for t in (-30, -10, -3, -1, 0, 1, 3, 10, 30, 100, 300) if low < t < high])
+    axes[1].xaxis.set_major_formatter("{x:g}"); axes[1].minorticks_off()
+    axes[1].axvline(0, color=COLORS["ink"], lw=.6, ls=":")
     return fig
 
-# %% ../nbs/09_baselines.ipynb #484e9066
+# %% ../nbs/09_baselines.ipynb #589dc67c
 def random_weights_model(
     p:Preset, # whether weights are folded; seed
     model:LanguageModel, # whose architecture, tokenizer and context it has
@@ -349,7 +346,7 @@ def random_weights_model(
         random.fingerprint += "-folded"
     return random
 
-# %% ../nbs/09_baselines.ipynb #8e0df083
+# %% ../nbs/09_baselines.ipynb #ef43bd19
 def control_preset(
     p:Preset, # in force
     store:ActivationStore, # of the model under study; tells what the preset's alphas are in the scaled unit
@@ -380,7 +377,7 @@ def train_control(
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("control", config, compute, code=(train, build, batches, save_dictionaries))
 
-# %% ../nbs/09_baselines.ipynb #89e3debb
+# %% ../nbs/09_baselines.ipynb #a33dec75
 def plot_control(
     twins:dict[str, list[dict]], # by model: l0, fvu of its dictionaries, one per alpha
 ) -> plt.Figure:
