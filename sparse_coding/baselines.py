@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'METHODS', 'BASELINES', 'SignedDictionary', 'fixed', 'load_baseline', 'random_rotation', 'covariance',
-           'principal', 'independent', 'moments', 'read_as', 'nearest_recipe', 'working_k', 'ica_budget', 'fit',
-           'fitted', 'baseline', 'few_features', 'plot_few_features', 'plot_tails', 'random_weights_model',
-           'control_preset', 'train_control', 'plot_control']
+           'principal', 'independent', 'read_as', 'nearest_recipe', 'working_k', 'ica_budget', 'fit', 'fitted',
+           'baseline', 'few_features', 'plot_few_features', 'plot_tails', 'random_weights_model', 'control_preset',
+           'train_control', 'plot_control']
 
-# %% ../nbs/09_baselines.ipynb #ecede52c
+# %% ../nbs/09_baselines.ipynb #eac90e02
 import copy, math, time, warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -29,12 +29,13 @@ from .activations import ActivationStore, batches
 from .core import (Preset, Recipe, Site, SparseCodingError, device, fast_matmul, load_or_compute, provenance,
     read_json, study, threads, write_json)
 from .dictionaries import Dictionary, TopKSAE, UntiedSAE, load_dictionary, unit_rows
+from .features import moments
 from .models import LanguageModel, fold_weights
 from .plots import COLORS, plain_log
 from sparse_coding.training import (build, dictionary, dictionary_folder, eq4_alpha, in_order, input_scale, save_dictionaries,
     stores, train)
 
-# %% ../nbs/09_baselines.ipynb #7abb91b6
+# %% ../nbs/09_baselines.ipynb #8de1f692
 class SignedDictionary(UntiedSAE):
     "A dictionary without a nonlinearity: its codes keep their sign."
     architecture = "signed"                                    # `load_dictionary` and SAELens refuse it, rather than cut it at zero
@@ -44,7 +45,7 @@ def act(self:SignedDictionary, a:Float[Tensor, "*b d_sae"]) -> Float[Tensor, "*b
     "The codes as they are."
     return a
 
-# %% ../nbs/09_baselines.ipynb #f69b90af
+# %% ../nbs/09_baselines.ipynb #d32494af
 def fixed(
     W_dec:Float[Tensor, "n d_in"], # directions, one per row; made unit rows
     W_enc:Float[Tensor, "d_in n"]=None, # how they are read; by projection if not given
@@ -61,7 +62,7 @@ def fixed(
     if b_dec is not None: d.b_dec.data = b_dec.float()
     return d.requires_grad_(False)
 
-# %% ../nbs/09_baselines.ipynb #a0839fb0
+# %% ../nbs/09_baselines.ipynb #0f13f20d
 def load_baseline(
     folder:Path, # written by `Dictionary.save`
 ) -> Dictionary: # as it was saved, bit for bit
@@ -74,7 +75,7 @@ def load_baseline(
     d.M.data, d.metadata = tensors["W_dec"], cfg["metadata"]
     return d
 
-# %% ../nbs/09_baselines.ipynb #cfe09464
+# %% ../nbs/09_baselines.ipynb #82a67293
 def random_rotation(
     d:int, # width
     seed:int, # of the draw
@@ -83,7 +84,7 @@ def random_rotation(
     q, r = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
     return q*r.diagonal().sign()
 
-# %% ../nbs/09_baselines.ipynb #641c9f8c
+# %% ../nbs/09_baselines.ipynb #72d552ad
 def covariance(
     stream:Iterable[Float[Tensor, "b d"]], # batches of activations
 ) -> tuple[int, Float[Tensor, "d"], Float[Tensor, "d d"]]: # rows, mean, covariance (divided by n), in float64
@@ -97,7 +98,7 @@ def covariance(
     if not n: raise SparseCodingError("There is nothing to take a covariance of: the stream of activations is empty.")
     return n, shift + s/n, ss/n - torch.outer(s/n, s/n)
 
-# %% ../nbs/09_baselines.ipynb #1566be69
+# %% ../nbs/09_baselines.ipynb #7309150e
 def principal(
     cov:Float[Tensor, "d d"], # a covariance
 ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d"]]: # unit rows and the variance along each, largest first
@@ -107,7 +108,7 @@ def principal(
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     return rows*largest.sign(), variance.flip(0).clamp_min(0)
 
-# %% ../nbs/09_baselines.ipynb #41e7973e
+# %% ../nbs/09_baselines.ipynb #c2e60394
 def independent(
     x:Float[Tensor, "n d"], # activations in memory
     max_iter:int=200, # of FastICA; scikit-learn's default
@@ -128,27 +129,7 @@ def independent(
     facts = dict(rows=n, iterations=ica.n_iter_, converged=not any(w.category is ConvergenceWarning for w in told))
     return (columns/length).T, readers*length, mean + sd*torch.tensor(ica.mean_), facts
 
-# %% ../nbs/09_baselines.ipynb #9c373b7f
-def moments(
-    dictionary:Dictionary, # whose codes
-    stream:Iterable[Float[Tensor, "b d_in"]], # activations, in its units
-) -> dict[str, Float[Tensor, "d_sae"]]: # mean, variance, skew, kurtosis of every code, about its mean; nan where it is constant
-    "The first four moments of codes, in one pass and float64; raises for an empty stream."
-    n, sums = 0, 0.
-    for x in stream:
-        if not len(x): continue
-        c = dictionary.encode(x).double()
-        if not n: shift = c.mean(0)
-        c, n = c - shift, n + len(c)
-        square = c*c
-        sums = sums + torch.stack([c.sum(0), square.sum(0), (square*c).sum(0), (square*square).sum(0)])
-    if not n: raise SparseCodingError("There is nothing to take moments of: the stream of activations is empty.")
-    m, m2, m3, m4 = sums/n
-    variance = (m2 - m**2).clamp_min(0)
-    return dict(mean=shift + m, variance=variance, skew=(m3 - 3*m*m2 + 2*m**3)/variance**1.5,
-                kurtosis=(m4 - 4*m*m3 + 6*m**2*m2 - 3*m**4)/variance**2)
-
-# %% ../nbs/09_baselines.ipynb #5c5a251a
+# %% ../nbs/09_baselines.ipynb #fc9e0fb4
 READINGS = ("positive", "nonneg", "oriented", "topk")
 
 def read_as(
@@ -166,7 +147,7 @@ def read_as(
     mean = None if how in ("uncentred", "relu") else found["mean"]
     return fixed(rows, readers, mean, how in ("signed", "uncentred"), k)
 
-# %% ../nbs/09_baselines.ipynb #9ca3bd77
+# %% ../nbs/09_baselines.ipynb #12c0ff6a
 def nearest_recipe(
     p:Preset, # whose study
     site:Site, # where
@@ -190,7 +171,7 @@ def working_k(
     folder = dictionary_folder(p, model, nearest_recipe(p, site, alpha, 1.))
     return max(1, round(read_json(folder.parent/"results.json")[int(folder.name)]["l0"]))
 
-# %% ../nbs/09_baselines.ipynb #4fa839f8
+# %% ../nbs/09_baselines.ipynb #2c44a5d6
 def ica_budget(
     p:Preset, # in force
 ) -> dict: # rows at most, iterations at most
@@ -217,10 +198,10 @@ def fit(
     if method != "ica": readers = rows.T
     with fast_matmul(): found = moments(fixed(rows, readers, mean, signed=True), in_order(store, site))
     if method in ("basis", "random"): mean = found["mean"] @ rows.double()            # orthogonal rows: what was read can be written
-    found = dict(rows=rows, readers=readers, mean=mean, variance=found["variance"], skew=found["skew"].nan_to_num())
+    found = dict(rows=rows, readers=readers, mean=mean, variance=found["var"], skew=found["skew"].nan_to_num())
     return {k: v.float().contiguous() for k,v in found.items()}, facts
 
-# %% ../nbs/09_baselines.ipynb #79700b4e
+# %% ../nbs/09_baselines.ipynb #daba1a05
 def fitted(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -243,7 +224,7 @@ def fitted(
     folder = load_or_compute("baselines", config, compute, code=(fit,))
     return load_file(folder/"directions.safetensors"), read_json(folder/"facts.json")
 
-# %% ../nbs/09_baselines.ipynb #1dd831c6
+# %% ../nbs/09_baselines.ipynb #5c2f0f38
 METHODS = {"basis": "relu", "random": "relu", "pca": "signed", "ica": "signed"}        # with the reading of the plain name
 BASELINES = (*METHODS, *(f"{m}-{how}" for m in METHODS for how in READINGS), "pca-uncentred", "no-penalty")
 
@@ -266,7 +247,7 @@ def baseline(
                       provenance=provenance(p))
     return d.check(model, site)
 
-# %% ../nbs/09_baselines.ipynb #89653b72
+# %% ../nbs/09_baselines.ipynb #04435495
 def few_features(
     found:dict[str, Tensor], # directions, as from `fit`
     ks:Iterable[int], # how many codes may be active, in rising order
@@ -285,7 +266,7 @@ def few_features(
             unexplained[i] += left.double().square().sum().item()
     return (unexplained/(ss - (s/n).square().sum()*n).item()).tolist()
 
-# %% ../nbs/09_baselines.ipynb #5250e011
+# %% ../nbs/09_baselines.ipynb #358d59e0
 def plot_few_features(
     saes:list[dict], # ratio, l0, fvu of the sweep's SAEs
     ks:Iterable[int], # active features of the baselines
@@ -306,7 +287,7 @@ def plot_few_features(
     fig.legend(loc="outside right center")
     return fig
 
-# %% ../nbs/09_baselines.ipynb #d6e1bee6
+# %% ../nbs/09_baselines.ipynb #8c3a8497
 def plot_tails(
     kurtosis:dict[str, Tensor], # of each method's readings
     skew:dict[str, Tensor], # of each dictionary's codes
@@ -330,7 +311,7 @@ def plot_tails(
     axes[1].axvline(0, color=COLORS["ink"], lw=.6, ls=":")
     return fig
 
-# %% ../nbs/09_baselines.ipynb #589dc67c
+# %% ../nbs/09_baselines.ipynb #285261e9
 def random_weights_model(
     p:Preset, # whether weights are folded; seed
     model:LanguageModel, # whose architecture, tokenizer and context it has
@@ -346,7 +327,7 @@ def random_weights_model(
         random.fingerprint += "-folded"
     return random
 
-# %% ../nbs/09_baselines.ipynb #ef43bd19
+# %% ../nbs/09_baselines.ipynb #d1645a55
 def control_preset(
     p:Preset, # in force
     store:ActivationStore, # of the model under study; tells what the preset's alphas are in the scaled unit
@@ -377,7 +358,7 @@ def train_control(
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("control", config, compute, code=(train, build, batches, save_dictionaries))
 
-# %% ../nbs/09_baselines.ipynb #a33dec75
+# %% ../nbs/09_baselines.ipynb #97568aa2
 def plot_control(
     twins:dict[str, list[dict]], # by model: l0, fvu of its dictionaries, one per alpha
 ) -> plt.Figure:

@@ -199,6 +199,7 @@ def study(
     groups = {"sweep": sweep(p), "no penalty": [Recipe(p.site, r, 0., seed=p.seed) for r in p.ratios if r <= 4],
               "ties": [Recipe(p.site, 1., a, t, seed=s) for s in seeds for t in (True, False) for a in p.alphas]}
     groups |= {f"residual {l}": [Recipe(Site(l), p.ratio, p.alpha, seed=p.seed)] for l in p.layers}
+    groups |= {f"residual {l} again": [Recipe(Site(l), p.ratio, p.alpha, seed=p.seed + 1)] for l in p.layers}
     groups |= {"MLP grid": mlp_grid(p)}
     groups |= {f"MLP {s.layer}": [Recipe(s, p.mlp_ratio, p.mlp_alpha, False, seed=p.seed),
                                   *(Recipe(s, max(p.mlp_ratios), a, seed=p.seed) for a in (p.mlp_alpha, 0.))] for s in mlps}

@@ -7,7 +7,7 @@ __all__ = ['row_losses', 'row_kl', 'replacements', 'spliced_losses', 'fidelity',
            'ce_metrics', 'plot_sparsity', 'live_features', 'random_features', 'plot_matches', 'median_ci',
            'judge_across']
 
-# %% ../nbs/08_fidelity.ipynb #e2b3b32a
+# %% ../nbs/08_fidelity.ipynb #ecfda3f6
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .models import LanguageModel
 from .plots import COLORS, plain_log
 from .training import dictionary, dictionary_folder, stores
 
-# %% ../nbs/08_fidelity.ipynb #842e1d50
+# %% ../nbs/08_fidelity.ipynb #86713b2c
 def row_losses(
     logits:Float[Tensor, "batch seq vocab"], # a model's output
     tokens:Int[Tensor, "batch seq"], # what it read
@@ -42,7 +42,7 @@ def row_kl(
     log_p, log_q = (a.float().log_softmax(-1) for a in (logits, changed))
     return (log_p.exp()*(log_p - log_q)).sum(-1).mean(1)
 
-# %% ../nbs/08_fidelity.ipynb #37af522c
+# %% ../nbs/08_fidelity.ipynb #f73b97fb
 def replacements(
     sae:Dictionary, # at a site
     mean:Float[Tensor, "d_in"], # of the activations there
@@ -51,7 +51,7 @@ def replacements(
     return {"sae": (sae, True), "sae everywhere": (sae, False), "mean": (lambda x: mean.to(x).expand_as(x), True),
             "zero": (torch.zeros_like, True)}
 
-# %% ../nbs/08_fidelity.ipynb #ac97905a
+# %% ../nbs/08_fidelity.ipynb #5224b872
 @torch.inference_mode()
 def spliced_losses(
     model:LanguageModel, # under study
@@ -64,22 +64,30 @@ def spliced_losses(
     "Cross-entropy of a model as it is and with its activations at a site replaced."
     found = {name: [] for name in ("none", *put, "kl")}
     for i in tqdm(range(0, len(tokens), batch), f"splice {site}", leave=False, delay=2):
-        rows, kept = torch.from_numpy(tokens[i:i+batch].astype(np.int64)).to(model.device), keep[i:i+batch]
+        rows, kept = torch.from_numpy(tokens[i:i+batch].astype(np.int64)).to(model.device), keep[i:i+batch].to(model.device)
         with fast_matmul(model.device):
-            plain = model.logits(rows)
+            changed = _spliced(model, site, rows)
+            plain = changed(lambda x: x, None)
             found["none"] += row_losses(plain, rows).tolist()
-            for j,(name,(fn,only)) in enumerate(put.items()):
-                logits = model.splice(rows, site, fn, kept if only else None)
+            for name,(fn,only) in put.items():
+                logits = changed(fn, kept if only else None)
                 found[name] += row_losses(logits, rows).tolist()
-                if j == 0: found["kl"] += row_kl(plain, logits).tolist()
+                if name == next(iter(put)): found["kl"] += row_kl(plain, logits).tolist()
     return found
 
-# %% ../nbs/08_fidelity.ipynb #eca572a0
+def _spliced(model, site, rows):
+    "A function from a replacement, and where it applies, to logits."
+    if site.kind != "resid_post": return lambda fn, keep: model.splice(rows, site, fn, keep)
+    x = model.run_to(rows, site)[site]
+    return lambda fn, keep: model.run_from(site.layer, fn(x) if keep is None else torch.where(keep[..., None], fn(x), x))
+
+# %% ../nbs/08_fidelity.ipynb #fa927329
 def fidelity(
     p:Preset, # whose study
     model:LanguageModel, # under study
     recipe:Recipe, # one of its dictionaries
     n_tokens:int=16_384, # held-out tokens
+    names:tuple=("sae", "sae everywhere", "mean", "zero"), # which replacements
 ) -> dict[str, list[float]]: # as `spliced_losses`
     "What replacing activations by a dictionary's reconstruction does to the model's predictions, computed once."
     store, heldout = stores(p, model)
@@ -87,12 +95,13 @@ def fidelity(
     def compute(folder):
         keep = heldout.keep(recipe.site, 0, n*heldout.row_len).view(n, -1)
         put = replacements(dictionary(p, model, recipe).to(model.device), mean_activation(store, recipe.site))
+        put = {name: put[name] for name in names}
         write_json(folder/"losses.json", spliced_losses(model, recipe.site, np.asarray(heldout.tokens[:n]), keep, put))
     made = dictionary_folder(p, model, recipe)
-    config = dict(dictionary=f"{made.parent.name}/{made.name}", heldout=heldout.folder.name, rows=n, rule=(p.drop_first, p.max_norm))
-    return read_json(load_or_compute("fidelity", config, compute, code=(spliced_losses, mean_activation, replacements))/"losses.json")
+    config = dict(dictionary=f"{made.parent.name}/{made.name}", heldout=heldout.folder.name, rows=n, names=names, rule=(p.drop_first, p.max_norm))
+    return read_json(load_or_compute("fidelity", config, compute, code=(spliced_losses, _spliced, mean_activation, replacements))/"losses.json")
 
-# %% ../nbs/08_fidelity.ipynb #36065593
+# %% ../nbs/08_fidelity.ipynb #18e60e46
 def loss_added(
     losses:dict[str, list[float]], # from `fidelity`
     name:str="sae", # which replacement
@@ -118,14 +127,14 @@ def plot_losses(
     ax.legend(title="activations replaced by")
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #c3eeec95
+# %% ../nbs/08_fidelity.ipynb #6267053a
 @rule("P1-ppl")
 def judge_ppl(rec):
     "The reconstruction costs something at every trained layer."
     lows, values = [ci[0] for ci in rec["ci95_by_site"].values()], rec["added"].values()
     return "holds" if min(lows) > 0 else "partly" if max(values) > 0 else "does not hold"
 
-# %% ../nbs/08_fidelity.ipynb #87598e47
+# %% ../nbs/08_fidelity.ipynb #d00c2dcc
 def ce_metrics(
     losses:dict[str, list[float]], # from `fidelity`
     worth:float=.1, # nats that the ablation must cost for a score
@@ -137,7 +146,7 @@ def ce_metrics(
     return dict(ce_loss_without_sae=without, ce_loss_with_sae=with_sae, ce_loss_with_ablation=ablated, ce_loss_score=score,
                 kl_div_with_sae=float(np.mean(losses["kl"])))
 
-# %% ../nbs/08_fidelity.ipynb #6b5463b0
+# %% ../nbs/08_fidelity.ipynb #6307bd66
 def plot_sparsity(
     points:list[tuple], # (L0, FVU, loss added, (low, high)) of each dictionary
 ) -> plt.Figure:
@@ -150,7 +159,7 @@ def plot_sparsity(
     axes[0].set(ylabel="cross-entropy added\n(nats per token)", ylim=(0, None))
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #a35b73b2
+# %% ../nbs/08_fidelity.ipynb #9e5a9275
 def live_features(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -168,7 +177,7 @@ def random_features(
     "Directions drawn evenly from the sphere."
     return directions(torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)))
 
-# %% ../nbs/08_fidelity.ipynb #2a8fa46e
+# %% ../nbs/08_fidelity.ipynb #66d9bdd3
 def plot_matches(
     matches:dict[str, Float[np.ndarray, "n"]], # name -> best cosine of every feature
     null:Float[np.ndarray, "m"], # the same of random directions
@@ -182,7 +191,7 @@ def plot_matches(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #0fd87d9d
+# %% ../nbs/08_fidelity.ipynb #a85806a5
 def median_ci(
     values:Float[np.ndarray, "n"], # independent
     draws:int=1000, # with replacement

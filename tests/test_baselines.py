@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from sparse_coding.baselines import (BASELINES, METHODS, baseline, control_preset, covariance, few_features, fixed, independent,
-    load_baseline, moments, nearest_recipe, principal, random_rotation, random_weights_model, read_as, train_control, working_k)
+    load_baseline, nearest_recipe, principal, random_rotation, random_weights_model, read_as, train_control, working_k)
 from sparse_coding.core import Site, SparseCodingError, preset, read_json, study
 from sparse_coding.dictionaries import evaluate, fvu, load_dictionary, unit_rows
 from sparse_coding.models import load_model
@@ -36,7 +36,6 @@ def test_covariance_is_numpys_far_from_the_origin(sizes):
 def test_empty_streams_are_refused():
     for stream in ([], [torch.empty(0, 3)]):
         with pytest.raises(SparseCodingError, match="empty"): covariance(stream)
-        with pytest.raises(SparseCodingError, match="empty"): moments(fixed(torch.eye(3)), stream)
 
 
 def test_principal_directions_are_eigenvectors_with_a_settled_sign():
@@ -52,19 +51,6 @@ def test_random_rotations_belong_to_their_seed():
     a, b = random_rotation(12, 3), random_rotation(12, 4)
     assert torch.equal(a, random_rotation(12, 3)) and not torch.allclose(a, b)
     torch.testing.assert_close(a @ a.T, torch.eye(12).double())
-
-
-def test_moments_are_scipys_for_codes_and_not_for_inputs():
-    x = randn(1000, 4).exp() + 50
-    d = fixed(randn(7, 4, seed=3), b_dec=torch.full((4,), 51.))
-    c = d.encode(x).double().numpy()
-    found = moments(d, x.split([3, 0, 600, 397]))
-    np.testing.assert_allclose(found["mean"], c.mean(0), rtol=1e-9)
-    np.testing.assert_allclose(found["variance"], c.var(0), rtol=1e-9)
-    np.testing.assert_allclose(found["skew"], stats.skew(c), rtol=1e-7)
-    np.testing.assert_allclose(found["kurtosis"], stats.kurtosis(c, fisher=False), rtol=1e-7)
-    dead = fixed(torch.tensor([[-1., 0, 0, 0]]))
-    assert moments(dead, [x])["skew"].isnan().all()
 
 
 def sources(n=8000):
