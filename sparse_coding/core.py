@@ -582,8 +582,8 @@ FIDELITY_CLAIMS = (
           "Cross-entropy with the reconstruction minus without, per trained layer: above 0 at each, interval over rows."),
     Claim("P1-across", "5.3", "no number",
           "Similar features recur across layers with high cosine",
-          "Live features of a layer and the next below: median best cosine above .7; partly if only above that of random "
-          "directions."),
+          "Live features of a layer and the next below, dictionaries from different initial weights: median best cosine "
+          "above .7; partly if only above that of random directions."),
 )
 
 # %% ../nbs/00_core.ipynb #8a944481

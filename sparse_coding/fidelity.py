@@ -7,7 +7,7 @@ __all__ = ['row_losses', 'row_kl', 'replacements', 'spliced_losses', 'fidelity',
            'ce_metrics', 'plot_sparsity', 'live_features', 'random_features', 'plot_matches', 'median_ci',
            'judge_across']
 
-# %% ../nbs/08_fidelity.ipynb #ecfda3f6
+# %% ../nbs/08_fidelity.ipynb #5e75231c
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .models import LanguageModel
 from .plots import COLORS, plain_log
 from .training import dictionary, dictionary_folder, stores
 
-# %% ../nbs/08_fidelity.ipynb #86713b2c
+# %% ../nbs/08_fidelity.ipynb #03f6a402
 def row_losses(
     logits:Float[Tensor, "batch seq vocab"], # a model's output
     tokens:Int[Tensor, "batch seq"], # what it read
@@ -42,7 +42,7 @@ def row_kl(
     log_p, log_q = (a.float().log_softmax(-1) for a in (logits, changed))
     return (log_p.exp()*(log_p - log_q)).sum(-1).mean(1)
 
-# %% ../nbs/08_fidelity.ipynb #f73b97fb
+# %% ../nbs/08_fidelity.ipynb #64185661
 def replacements(
     sae:Dictionary, # at a site
     mean:Float[Tensor, "d_in"], # of the activations there
@@ -51,7 +51,7 @@ def replacements(
     return {"sae": (sae, True), "sae everywhere": (sae, False), "mean": (lambda x: mean.to(x).expand_as(x), True),
             "zero": (torch.zeros_like, True)}
 
-# %% ../nbs/08_fidelity.ipynb #5224b872
+# %% ../nbs/08_fidelity.ipynb #9a1b0ebc
 @torch.inference_mode()
 def spliced_losses(
     model:LanguageModel, # under study
@@ -81,7 +81,7 @@ def _spliced(model, site, rows):
     x = model.run_to(rows, site)[site]
     return lambda fn, keep: model.run_from(site.layer, fn(x) if keep is None else torch.where(keep[..., None], fn(x), x))
 
-# %% ../nbs/08_fidelity.ipynb #fa927329
+# %% ../nbs/08_fidelity.ipynb #07074d3a
 def fidelity(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -101,7 +101,7 @@ def fidelity(
     config = dict(dictionary=f"{made.parent.name}/{made.name}", heldout=heldout.folder.name, rows=n, names=names, rule=(p.drop_first, p.max_norm))
     return read_json(load_or_compute("fidelity", config, compute, code=(spliced_losses, _spliced, mean_activation, replacements))/"losses.json")
 
-# %% ../nbs/08_fidelity.ipynb #18e60e46
+# %% ../nbs/08_fidelity.ipynb #a6ff6aa5
 def loss_added(
     losses:dict[str, list[float]], # from `fidelity`
     name:str="sae", # which replacement
@@ -127,14 +127,14 @@ def plot_losses(
     ax.legend(title="activations replaced by")
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #6267053a
+# %% ../nbs/08_fidelity.ipynb #d5690605
 @rule("P1-ppl")
 def judge_ppl(rec):
     "The reconstruction costs something at every trained layer."
     lows, values = [ci[0] for ci in rec["ci95_by_site"].values()], rec["added"].values()
     return "holds" if min(lows) > 0 else "partly" if max(values) > 0 else "does not hold"
 
-# %% ../nbs/08_fidelity.ipynb #d00c2dcc
+# %% ../nbs/08_fidelity.ipynb #a2ca71ae
 def ce_metrics(
     losses:dict[str, list[float]], # from `fidelity`
     worth:float=.1, # nats that the ablation must cost for a score
@@ -146,7 +146,7 @@ def ce_metrics(
     return dict(ce_loss_without_sae=without, ce_loss_with_sae=with_sae, ce_loss_with_ablation=ablated, ce_loss_score=score,
                 kl_div_with_sae=float(np.mean(losses["kl"])))
 
-# %% ../nbs/08_fidelity.ipynb #6307bd66
+# %% ../nbs/08_fidelity.ipynb #37358bb4
 def plot_sparsity(
     points:list[tuple], # (L0, FVU, loss added, (low, high)) of each dictionary
 ) -> plt.Figure:
@@ -159,7 +159,7 @@ def plot_sparsity(
     axes[0].set(ylabel="cross-entropy added\n(nats per token)", ylim=(0, None))
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #9e5a9275
+# %% ../nbs/08_fidelity.ipynb #fd27ed76
 def live_features(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -177,21 +177,21 @@ def random_features(
     "Directions drawn evenly from the sphere."
     return directions(torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)))
 
-# %% ../nbs/08_fidelity.ipynb #66d9bdd3
+# %% ../nbs/08_fidelity.ipynb #5e697a87
 def plot_matches(
     matches:dict[str, Float[np.ndarray, "n"]], # name -> best cosine of every feature
     null:Float[np.ndarray, "m"], # the same of random directions
 ) -> plt.Figure:
     "Share of features whose best match is at least so close, one curve per pair of dictionaries."
     fig, ax = plt.subplots(figsize=(6, 3))
-    styles = [(c, s) for s in ("-", "--") for c in (COLORS[k] for k in ("sae", "target", "ica", "pca", "basis"))]
+    styles = [(COLORS[k], s) for s in ("-", "--") for k in ("sae", "target", "ica", "pca", "basis")]
     for (name,m),(color,style) in zip([*matches.items(), ("random directions", null)], [*styles[:len(matches)], (COLORS["random"], ":")]):
         ax.plot(np.sort(m), 1 - np.arange(len(m))/len(m), color=color, ls=style, label=name)
     ax.set(xlabel="cosine with the best match", ylabel="share of features with\nat least that", xlim=(0, 1), ylim=(0, 1))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #a85806a5
+# %% ../nbs/08_fidelity.ipynb #f468dbc6
 def median_ci(
     values:Float[np.ndarray, "n"], # independent
     draws:int=1000, # with replacement
@@ -202,6 +202,6 @@ def median_ci(
 
 @rule("P1-across")
 def judge_across(rec):
-    "Half the live features of a layer have a match above .7 in the layer below."
+    "Half the live features of a layer have a match above .7 in a dictionary of the layer below that started elsewhere."
     if not rec["consecutive"]: return "not comparable"
     return "holds" if rec["ci95"][0] > .7 else "partly" if rec["ci95"][0] > rec["random"] else "does not hold"
