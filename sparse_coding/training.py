@@ -31,7 +31,7 @@ from .corpora import load_rows
 from .dictionaries import Dictionary, TiedSAE, TopKSAE, UntiedSAE, evaluate, load_dictionary, mmcs
 from .engine import Engine, Resampling, Settings, settings
 from .models import LanguageModel, load_model
-from .plots import save_figure, shades, stamp, use_style
+from .plots import Table, plain_log, save_figure, shades, stamp, use_style
 from .toy import ToyFeatures
 
 # %% ../nbs/07_training.ipynb #e65559fb
@@ -429,6 +429,6 @@ def fig6(
         lowest = min((r for r in found if r["alpha"] == alpha), key=lambda r: r["fvu"])
         ax.annotate(rf"$\alpha$ {alpha:g}", (lowest["l0"], lowest["fvu"]), (-3, -10), textcoords="offset points", ha="right",
                     fontsize=7, color="#555555")
-    ax.set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained", xscale="log", ylim=(0, None))
+    plain_log(ax, "x").set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained", ylim=(0, None))
     ax.legend(title="ratio $R$")
     return fig
