@@ -7,7 +7,7 @@ __all__ = ['row_losses', 'row_kl', 'replacements', 'spliced_losses', 'fidelity',
            'ce_metrics', 'plot_sparsity', 'live_features', 'random_features', 'plot_matches', 'median_ci',
            'judge_across']
 
-# %% ../nbs/08_fidelity.ipynb #5e75231c
+# %% ../nbs/08_fidelity.ipynb #0429aa44
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .models import LanguageModel
 from .plots import COLORS, plain_log
 from .training import dictionary, dictionary_folder, stores
 
-# %% ../nbs/08_fidelity.ipynb #03f6a402
+# %% ../nbs/08_fidelity.ipynb #2c4ea6c1
 def row_losses(
     logits:Float[Tensor, "batch seq vocab"], # a model's output
     tokens:Int[Tensor, "batch seq"], # what it read
@@ -42,7 +42,7 @@ def row_kl(
     log_p, log_q = (a.float().log_softmax(-1) for a in (logits, changed))
     return (log_p.exp()*(log_p - log_q)).sum(-1).mean(1)
 
-# %% ../nbs/08_fidelity.ipynb #64185661
+# %% ../nbs/08_fidelity.ipynb #815dd0e3
 def replacements(
     sae:Dictionary, # at a site
     mean:Float[Tensor, "d_in"], # of the activations there
@@ -51,7 +51,7 @@ def replacements(
     return {"sae": (sae, True), "sae everywhere": (sae, False), "mean": (lambda x: mean.to(x).expand_as(x), True),
             "zero": (torch.zeros_like, True)}
 
-# %% ../nbs/08_fidelity.ipynb #9a1b0ebc
+# %% ../nbs/08_fidelity.ipynb #81b8f6d2
 @torch.inference_mode()
 def spliced_losses(
     model:LanguageModel, # under study
@@ -81,7 +81,7 @@ def _spliced(model, site, rows):
     x = model.run_to(rows, site)[site]
     return lambda fn, keep: model.run_from(site.layer, fn(x) if keep is None else torch.where(keep[..., None], fn(x), x))
 
-# %% ../nbs/08_fidelity.ipynb #07074d3a
+# %% ../nbs/08_fidelity.ipynb #7f362c9a
 def fidelity(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -101,7 +101,7 @@ def fidelity(
     config = dict(dictionary=f"{made.parent.name}/{made.name}", heldout=heldout.folder.name, rows=n, names=names, rule=(p.drop_first, p.max_norm))
     return read_json(load_or_compute("fidelity", config, compute, code=(spliced_losses, _spliced, mean_activation, replacements))/"losses.json")
 
-# %% ../nbs/08_fidelity.ipynb #a6ff6aa5
+# %% ../nbs/08_fidelity.ipynb #0e9df603
 def loss_added(
     losses:dict[str, list[float]], # from `fidelity`
     name:str="sae", # which replacement
@@ -127,14 +127,14 @@ def plot_losses(
     ax.legend(title="activations replaced by")
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #d5690605
+# %% ../nbs/08_fidelity.ipynb #fcd678ce
 @rule("P1-ppl")
 def judge_ppl(rec):
     "The reconstruction costs something at every trained layer."
     lows, values = [ci[0] for ci in rec["ci95_by_site"].values()], rec["added"].values()
     return "holds" if min(lows) > 0 else "partly" if max(values) > 0 else "does not hold"
 
-# %% ../nbs/08_fidelity.ipynb #a2ca71ae
+# %% ../nbs/08_fidelity.ipynb #95046729
 def ce_metrics(
     losses:dict[str, list[float]], # from `fidelity`
     worth:float=.1, # nats that the ablation must cost for a score
@@ -146,7 +146,7 @@ def ce_metrics(
     return dict(ce_loss_without_sae=without, ce_loss_with_sae=with_sae, ce_loss_with_ablation=ablated, ce_loss_score=score,
                 kl_div_with_sae=float(np.mean(losses["kl"])))
 
-# %% ../nbs/08_fidelity.ipynb #37358bb4
+# %% ../nbs/08_fidelity.ipynb #a0a15e57
 def plot_sparsity(
     points:list[tuple], # (L0, FVU, loss added, (low, high)) of each dictionary
 ) -> plt.Figure:
@@ -159,7 +159,7 @@ def plot_sparsity(
     axes[0].set(ylabel="cross-entropy added\n(nats per token)", ylim=(0, None))
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #fd27ed76
+# %% ../nbs/08_fidelity.ipynb #e8914308
 def live_features(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -177,7 +177,7 @@ def random_features(
     "Directions drawn evenly from the sphere."
     return directions(torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)))
 
-# %% ../nbs/08_fidelity.ipynb #5e697a87
+# %% ../nbs/08_fidelity.ipynb #1b92892d
 def plot_matches(
     matches:dict[str, Float[np.ndarray, "n"]], # name -> best cosine of every feature
     null:Float[np.ndarray, "m"], # the same of random directions
@@ -191,7 +191,7 @@ def plot_matches(
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig
 
-# %% ../nbs/08_fidelity.ipynb #f468dbc6
+# %% ../nbs/08_fidelity.ipynb #de76fd54
 def median_ci(
     values:Float[np.ndarray, "n"], # independent
     draws:int=1000, # with replacement
