@@ -118,16 +118,18 @@ def independent(
     n, mean, cov = covariance(x.split(4096))
     sd = cov.diagonal().sqrt()
     sd[sd == 0] = 1.
-    rank = int((torch.linalg.eigvalsh(cov/torch.outer(sd, sd)) > 1e-6).sum())
-    ica = FastICA(rank, whiten="unit-variance", whiten_solver="eigh", max_iter=max_iter, random_state=seed)
+    variances, axes = torch.linalg.eigh(cov/torch.outer(sd, sd))
+    axes, spread = axes[:, variances > 1e-6], variances[variances > 1e-6].sqrt()
+    white = ((x - mean)/sd @ (axes/spread)).float().numpy()
     cores = 1 if x.numel() < 1e7 else torch.get_num_threads()               # a small problem gains nothing from a second core
     with warnings.catch_warnings(record=True) as told, threads(cores):
         warnings.simplefilter("always")
-        ica.fit(((x - mean)/sd).float().numpy())
-    columns = sd[:, None]*torch.tensor(ica.mixing_).double()
-    length, readers = columns.norm(dim=0), torch.tensor(ica.components_).double().T/sd[:, None]
+        ica = FastICA(whiten=False, max_iter=max_iter, random_state=seed).fit(white)
+    turn = torch.tensor(ica.components_).double()
+    columns, readers = sd[:, None]*(axes*spread) @ torch.linalg.inv(turn), axes/spread @ turn.T/sd[:, None]
+    length = columns.norm(dim=0)
     facts = dict(rows=n, iterations=ica.n_iter_, converged=not any(w.category is ConvergenceWarning for w in told))
-    return (columns/length).T, readers*length, mean + sd*torch.tensor(ica.mean_), facts
+    return (columns/length).T, readers*length, mean, facts
 
 # %% ../nbs/09_baselines.ipynb #fc9e0fb4
 READINGS = ("positive", "nonneg", "oriented", "topk")
