@@ -26,14 +26,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .activations import ActivationStore, batches
-from .core import (Preset, Recipe, Site, SparseCodingError, device, fast_matmul, load_or_compute, provenance,
+from .core import (Preset, Recipe, Site, SparseCodingError, fast_matmul, load_or_compute, provenance,
     read_json, study, threads, write_json)
 from .dictionaries import Dictionary, TopKSAE, UntiedSAE, load_dictionary, unit_rows
 from .features import moments
 from .models import LanguageModel, fold_weights
 from .plots import COLORS, plain_log
-from sparse_coding.training import (build, dictionary, dictionary_folder, eq4_alpha, in_order, input_scale, save_dictionaries,
-    stores, train)
+from .training import (build, dictionary, dictionary_folder, eq4_alpha, in_order, input_scale, save_dictionaries,
+    stores, train, train_recipes)
 
 # %% ../nbs/09_baselines.ipynb #8de1f692
 class SignedDictionary(UntiedSAE):
@@ -352,11 +352,8 @@ def train_control(
     config = dict(store=store.folder.name, heldout=heldout.folder.name, recipes=[vars(r) for r in recipes],
                   drop_first=p.drop_first, max_norm=p.max_norm, steps=p.steps, batch_size=p.batch_size, lr=p.lr,
                   frozen_step=p.frozen_step, seed=p.seed)
-    def stream(start):
-        for x in batches(store, site, p.batch_size, p.seed, start, p.steps - start): yield x.to(device())*scale
     def compute(folder):
-        saes = [build(r, store.d_in(site)).to(device()) for r in recipes]
-        train(saes, list(p.alphas), stream, p.steps, folder/"run", p.lr, frozen_step=p.frozen_step)
+        saes = train_recipes(p, store, recipes, scale, p.steps, folder/"run")
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("control", config, compute, code=(train, build, batches, save_dictionaries))
 

@@ -7,11 +7,11 @@ __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', '
            'FIDELITY_CLAIMS', 'AUTOINTERP_CLAIMS', 'AUTOINTERP_APPENDIX_CLAIMS', 'IOI_CLAIMS', 'CASE_STUDY_CLAIMS',
            'CIRCUIT_CLAIMS', 'DISCUSSION_CLAIMS', 'ATTENTION_SAE_CLAIMS', 'ATTENTION_HEAD_CLAIMS',
            'ATTENTION_IOI_CLAIMS', 'CLAIMS', 'RULES', 'COLUMNS', 'SparseCodingError', 'Site', 'Source', 'Preset',
-           'preset', 'check_preset', 'Recipe', 'sweep', 'mlp_grid', 'study', 'set_seed', 'device', 'set_threads',
-           'threads', 'matmul_precision', 'probe_matmul', 'best_matmul', 'fast_matmul', 'keep_freed_memory',
-           'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download', 'fetch', 'read_wheel', 'wheel_members',
-           'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim', 'rule',
-           'ledger_path', 'record', 'verdict', 'report']
+           'preset', 'check_preset', 'Recipe', 'sweep', 'mlp_grid', 'study', 'study_sites', 'set_seed', 'device',
+           'set_threads', 'threads', 'matmul_precision', 'probe_matmul', 'best_matmul', 'fast_matmul',
+           'keep_freed_memory', 'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download', 'fetch', 'read_wheel',
+           'wheel_members', 'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim',
+           'rule', 'ledger_path', 'record', 'verdict', 'report']
 
 # %% ../nbs/00_core.ipynb #017422fa
 import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
@@ -206,6 +206,18 @@ def study(
     groups |= {f"attention {l}": [Recipe(Site(l, "attn_z"), p.ratio, p.alpha, False, "project", seed=p.seed)] for l in p.attn_layers}
     first = {r: name for name,group in reversed(groups.items()) for r in group}
     return {name: group for name in groups if (group := [r for r in dict.fromkeys(groups[name]) if first[r] == name])}
+
+# %% ../nbs/00_core.ipynb #74aa08e1
+def study_sites(
+    p:Preset, # whose study
+) -> list[Site]: # without the attention sites, which belong to the second paper
+    "The residual and MLP sites of the study, harvested together."
+    return [s for s in dict.fromkeys(g[0].site for g in study(p).values()) if s.kind != "attn_z"]
+
+@patch
+def steps_at(self:Preset, site:Site) -> int:
+    "Optimiser steps of the study's dictionaries at a site."
+    return self.mlp_steps if site.kind == "mlp_post" else self.steps
 
 # %% ../nbs/00_core.ipynb #5feb7491
 def set_seed(
@@ -541,17 +553,19 @@ VARIANTS_CLAIMS = (
           "lines (ratios and seeds) of MLP and residual stream; a knee, two straight lines, would leave more."),
     Claim("P1-conv", "B, Fig 7", "Fig 7",
           "Training longer moves the frontier little after some point; larger dictionaries take longer",
-          "FVU at matched L0 after a half and after all of the run: less than 5% apart at the smallest R (interval over text), "
-          "and further apart the larger R."),
+          "FVU at matched L0 after a half and after all of the run: less than 5% apart at the smallest R (interval over the "
+          "alphas of its line), and further apart the larger R."),
     Claim("P1-variance", "C.1", "no number",
           "Larger dictionaries explain more variance",
           "Slope of log FVU, at an L0 all sizes reach, on log R: below 0, interval over text."),
     Claim("P1-tied", "fn. 2, C.3, E", "no number",
           "Tying costs nothing on the residual stream, something on MLP; halves memory",
-          "FVU at matched L0, untied over tied, interval over seeds: within 3% of 1 at the residual stream, below 1 at the MLP; bytes of weights."),
+          "FVU at matched L0, untied over tied, interval over seeds: within 3% of 1 at the residual stream, below 1 at the "
+          "MLP; bytes of weights."),
     Claim("P1-bias", "app. G", "'always in practice'",
           "The learned encoder bias is practically always negative",
-          "Share of live features of the sweep (alpha > 0) with b < 0: at least 95%, lower end of the interval over dictionaries."),
+          "Share of live features of the sweep (alpha > 0) with b < 0: at least 95%, lower end of the interval over "
+          "dictionaries."),
     Claim("P1-cost", "B, 6.3", "< 1 h",
           "A run of this size takes under an hour on one A40; orders of magnitude less compute than the model's "
           "own training",

@@ -23,7 +23,7 @@ from .activations import estimate_harvest
 from .bench import bench_harvest
 from .bench_training import bench_training
 from .core import (CLAIMS, PRESETS, WHEELS, Preset, SparseCodingError, fetch, preset, provenance, read_json,
-    report, repository, study, write_json)
+    report, repository, study, study_sites, write_json)
 from .models import load_model
 from .training import estimate_training
 
@@ -134,11 +134,10 @@ def estimate(
 ) -> dict: # seconds by part, disk and memory in bytes
     "Time, disk and memory of a run in which nothing has been computed yet."
     model = load_model(p.model, fold=p.fold)
-    groups = [g for g in study(p).values() if not g[0].site.kind.startswith("attn")]
-    sites = list(dict.fromkeys(g[0].site for g in groups))
+    sites = study_sites(p)
+    groups = [(g[0].site, g) for g in study(p).values() if g[0].site in sites]
     harvest = estimate_harvest(model, p.n_tokens + p.n_heldout, sites, p.row_len)
-    steps = lambda s: p.mlp_steps if s.kind == "mlp_post" else p.steps
-    parts = [estimate_training(g, model.d_in(s := g[0].site), p.batch_size, steps(s)) for g in groups]
+    parts = [estimate_training(g, model.d_in(s), p.batch_size, p.steps_at(s)) for s,g in groups]
     training = {"seconds": sum(e["seconds"] for e in parts), "bytes": max(e["bytes"] for e in parts)}
     weights = sum(q.numel()*q.element_size() for q in model.hf.parameters())
     return {"start": 15.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],

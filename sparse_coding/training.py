@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['eq4_alpha', 'input_scale', 'ahead', 'resume', 'checkpoint', 'train', 'log_rows', 'read_log', 'replace_dead',
            'toy_stream', 'recover', 'plot_recovery', 'judge_recovery', 'stores', 'build', 'training_operations',
-           'estimate_training', 'in_order', 'metadata', 'measure', 'course', 'group_of', 'train_group',
+           'estimate_training', 'in_order', 'metadata', 'measure', 'course', 'group_of', 'train_recipes', 'train_group',
            'save_dictionaries', 'results', 'dictionary_folder', 'dictionary', 'plot_log', 'fig6']
 
 # %% ../nbs/07_training.ipynb #5c5deeca
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationStore, batches, load_store
 from .core import (Preset, Recipe, Site, SparseCodingError, best_matmul, device, fast_matmul, load_or_compute, mean_ci,
-    probe_matmul, provenance, read_json, record, rule, study, threads, write_json)
+    probe_matmul, provenance, read_json, record, rule, study, study_sites, threads, write_json)
 from .corpora import load_rows
 from .dictionaries import Dictionary, TiedSAE, TopKSAE, UntiedSAE, evaluate, load_dictionary, mmcs
 from .engine import Engine, Resampling, Settings, settings
@@ -103,7 +103,8 @@ def train(
     **adam, # betas and frozen_step of the engine
 ) -> Path: # the folder
     "Train several dictionaries on one stream, resumably; an interruption costs at most `save_every` steps."
-    folder.mkdir(parents=True, exist_ok=True); state = resume(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = resume(folder)
     engine = Engine(saes, alphas, lr, setting=Settings(**state["settings"]), **adam)
     if state["step"]: engine.load(load_file(folder/f"step-{state['step']}.safetensors"))
     begin = time.perf_counter() - state["seconds"]
@@ -221,7 +222,7 @@ def stores(
     sites:list[Site]=None, # harvested in one pass; all residual and MLP sites of the study if not given
 ) -> tuple[ActivationStore, ActivationStore]: # training and held-out activations
     "The activations a preset trains and tests on, from different documents."
-    if sites is None: sites = [s for s in dict.fromkeys(g[0].site for g in study(p).values()) if not s.kind.startswith("attn")]
+    sites = sites or study_sites(p)
     def store(split, n):
         rows = load_rows(p.corpus, model, split, n, p.row_len, seed=p.seed)
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
@@ -328,26 +329,42 @@ def group_of(
     if found := [g for g in groups.values() if name in g]: return found[0]
     raise SparseCodingError(f"{name} is not in the study of preset {p.name}, which has {', '.join(groups)}: see study() in 00_core.")
 
+# %% ../nbs/07_training.ipynb #61c23ed6
+def train_recipes(
+    p:Preset, # batch, seed, unit of alpha; learning rate and optimiser, unless `adam` says otherwise
+    store:ActivationStore, # training activations
+    recipes:list[Recipe], # at one site
+    scale:float, # that activations are multiplied by
+    steps:int, # optimiser steps
+    folder:Path, # of the run
+    watch:Callable=None, # from the dictionaries to the `watch` of `train`
+    **adam, # lr, log_every, betas and frozen_step of `train`
+) -> list[Dictionary]: # of scale*x, on the training device
+    "Build the dictionaries of some recipes and train them on one stream."
+    site, on = recipes[0].site, device()
+    def stream(start):
+        for x in batches(store, site, p.batch_size, p.seed, start, steps - start): yield x.to(on)*scale
+    saes = [build(r, store.d_in(site)).to(on) for r in recipes]
+    alphas = [eq4_alpha(r.alpha, p.alpha_unit, store.d_in(site)) for r in recipes]
+    train(saes, alphas, stream, steps, folder, watch=watch and watch(saes), **{"lr": p.lr, "frozen_step": p.frozen_step} | adam)
+    return saes
+
 # %% ../nbs/07_training.ipynb #fb95e240
 def train_group(
     p:Preset, # steps, batch, learning rate, unit of alpha
     model:LanguageModel, # under study
     name:str, # a group of the study
-) -> Path: # a folder per recipe, run/ with the log, results.json, course.json
+) -> Path: # a folder per recipe, run/ with the log, results.json, course-{step}.json
     "Train a group of the study, unless it has been done; raises for a group that does not exist."
     recipes = group_of(p, name)
     (store, heldout), site = stores(p, model), recipes[0].site
-    scale, steps = input_scale(store.mean_square(site), p.alpha_unit), p.mlp_steps if site.kind == "mlp_post" else p.steps
+    scale, steps = input_scale(store.mean_square(site), p.alpha_unit), p.steps_at(site)
     config = dict(store=store.folder.name, heldout=heldout.folder.name, site=site, recipes=[asdict(r) for r in recipes],
                   drop_first=p.drop_first, max_norm=p.max_norm, steps=steps, batch_size=p.batch_size, lr=p.lr,
                   alpha_unit=p.alpha_unit, frozen_step=p.frozen_step, seed=p.seed, scale=scale)
-    def stream(start):
-        for x in batches(store, site, p.batch_size, p.seed, start, steps - start): yield x.to(device())*scale
     def compute(folder):
-        saes = [build(r, store.d_in(site)).to(device()) for r in recipes]
-        alphas = [eq4_alpha(r.alpha, p.alpha_unit, store.d_in(site)) for r in recipes]
-        watch = course(folder, saes, scale, heldout, site, [steps >> k for k in range(4, -1, -1)])
-        train(saes, alphas, stream, steps, folder/"run", p.lr, frozen_step=p.frozen_step, watch=watch)
+        watch = lambda saes: course(folder, saes, scale, heldout, site, [steps >> k for k in range(4, -1, -1)])
+        saes = train_recipes(p, store, recipes, scale, steps, folder/"run", watch)
         save_dictionaries(p, model, folder, saes, recipes, scale, heldout)
     return load_or_compute("dictionaries", config, compute, code=(train, build, batches, save_dictionaries, course))
 
@@ -355,7 +372,7 @@ def train_group(
 def save_dictionaries(
     p:Preset, # in force
     model:LanguageModel, # under study
-    folder:Path, # receives 00/, 01/, ... and results.json
+    folder:Path, # receives 000/, 001/, ... and results.json
     saes:list[Dictionary], # trained on scale*x
     recipes:list[Recipe], # one each
     scale:float, # to be folded in

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 
 from .activations import batches
-from .core import Preset, Recipe, SparseCodingError, device, load_or_compute, mean_ci, read_json, rule, study, write_json
+from .core import Preset, Recipe, SparseCodingError, load_or_compute, mean_ci, read_json, rule, study, write_json
 from .dictionaries import load_dictionary
 from .models import LanguageModel
 from .plots import COLORS, plain_log, shades
-from .training import build, eq4_alpha, input_scale, measure, read_log, stores, train, train_group
+from .training import build, input_scale, measure, read_log, stores, train, train_group, train_recipes
 
 # %% ../nbs/07_variants.ipynb #fdd42750
 def line(
@@ -256,14 +256,11 @@ def try_out(
     (store, heldout), site, lr = stores(p, model), recipes[0].site, lr or p.lr
     scale = input_scale(store.mean_square(site), p.alpha_unit)
     def compute(folder):
-        saes = [build(r, store.d_in(site)).to(device()) for r in recipes]
-        alphas = [eq4_alpha(r.alpha, p.alpha_unit, store.d_in(site)) for r in recipes]
-        stream = lambda start: (x.to(device())*scale for x in batches(store, site, p.batch_size, p.seed, start, steps - start))
-        train(saes, alphas, stream, steps, folder, lr, log_every=2, frozen_step=frozen_step)
+        saes = train_recipes(p, store, recipes, scale, steps, folder, lr=lr, log_every=2, frozen_step=frozen_step)
         found = [measure(s.cpu().scaled(scale), heldout, site, 16_384) for s in saes]
         write_json(folder/"results.json", [asdict(r) | {k: f[k] for k in ("l0", "fvu", "frac_alive")} for r,f in zip(recipes, found)])
-    config = dict(store=store.folder.name, heldout=heldout.folder.name, recipes=[asdict(r) for r in recipes], steps=steps, lr=lr, frozen_step=frozen_step,
-                  rule=(p.drop_first, p.max_norm), batch_size=p.batch_size, unit=p.alpha_unit, seed=p.seed)
+    config = dict(store=store.folder.name, heldout=heldout.folder.name, recipes=[asdict(r) for r in recipes], steps=steps, lr=lr,
+                  frozen_step=frozen_step, rule=(p.drop_first, p.max_norm), batch_size=p.batch_size, unit=p.alpha_unit, seed=p.seed)
     return load_or_compute("variants", config, compute, code=(train, build, batches, measure))
 
 # %% ../nbs/07_variants.ipynb #bb39dcd9
