@@ -100,7 +100,7 @@ class Preset(Source):
     mlp_alpha: float = .06 # and their alpha
     n_seeds: int = 2 # seeds with which tied and untied dictionaries are compared
     steps: int = 200 # optimiser steps
-    mlp_steps: int = 100 # optimiser steps at an MLP, which is wider
+    mlp_steps: int = 60 # optimiser steps at an MLP, which is wider
     batch_size: int = 2048
     lr: float = 1e-3
     frozen_step: bool = False # Adam with the bias correction of its first step, as the released code has it
@@ -413,10 +413,12 @@ class _Essence(ast.NodeTransformer):
         return node
 
 # %% ../nbs/00_core.ipynb #db6b5ebb
-def _tree(func) -> ast.AST|None:
-    "The essential syntax tree of a function, or None where it has no source."
-    try: return _Essence().visit(ast.parse(textwrap.dedent(inspect.getsource(func))))
+@cache
+def _essence(func) -> tuple[str, set]|None:
+    "What a function does, as text, and the names in it; None where it has no source."
+    try: tree = _Essence().visit(ast.parse(textwrap.dedent(inspect.getsource(func))))
     except (OSError, TypeError, SyntaxError): return None
+    return ast.dump(tree), {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
 
 def _functions(obj) -> list:
     "The functions an object stands for: itself, or the methods of a class."
@@ -442,10 +444,9 @@ def code_hash(
     seen, todo = {}, [f for o in objects for f in _functions(o)]
     while todo:
         func = todo.pop()
-        if func.__qualname__ in seen or (tree := _tree(func)) is None: continue
-        seen[func.__qualname__] = ast.dump(tree)
-        scope = func.__globals__
-        for name in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} & _globals_of(func.__code__) & scope.keys():
+        if func.__qualname__ in seen or (found := _essence(func)) is None: continue
+        (seen[func.__qualname__], names), scope = found, func.__globals__
+        for name in names & _globals_of(func.__code__) & scope.keys():
             if _ours(scope[name]): todo += _functions(scope[name])
             elif name.isupper(): seen[name] = repr(scope[name])
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
