@@ -77,6 +77,7 @@ class Source:
     row_len: int = 256 # tokens per row
     n_tokens: int = 131_072 # training tokens harvested
     n_heldout: int = 16_384 # held-out tokens
+    n_fragments: int = 256 # held-out fragments of 64 tokens for interpretation, at most
     drop_first: bool = True # leave out position 0, whose norm can be a hundred times the others'
     max_norm: float|None = 10. # leave out rows with more than this many times the median norm
     dtype: str = "float16" # of stored activations
@@ -120,11 +121,11 @@ def site(self:Preset) -> Site:
 # %% ../nbs/00_core.ipynb #5bf31b21
 PRESETS = {
     "quick": Preset(),
-    "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, layers=(3, 9, 15, 28, 29),
+    "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, n_fragments=4096, layers=(3, 9, 15, 28, 29),
         mlp_layers=(0, 9, 28), attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1.,
         n_seeds=3, steps=1500, mlp_steps=200),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
-        corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, drop_first=False, max_norm=None,
+        corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, n_fragments=50_000, drop_first=False, max_norm=None,
         layer=2, layers=tuple(range(6)), mlp_layers=tuple(range(6)), attn_layers=tuple(range(6)),
         ratios=(.5, 1., 2., 4., 8., 16., 32.), alphas=tuple(float(f"{a:.4g}") for a in np.logspace(-4, -2, 16)),
         alpha_unit="code", alpha=8.577e-4, mlp_ratios=(.25, .5, 1., 2., 4., 8., 16.), mlp_ratio=1., mlp_alpha=3.162e-4,
@@ -608,44 +609,51 @@ AUTOINTERP_CLAIMS = (
           "Shown: the first five features of a dictionary, in order."),
     Claim("P1-fig2", "3.2, Fig 2", "Fig 2",
           "SAE features score higher than neuron basis, random, PCA, ICA",
-          "Paired difference > 0, 95% bootstrap, per layer and pooled."),
+          "Mean score of the SAE minus that of each of the four, pooled over layers, bootstrap over features: all intervals "
+          "above 0; per layer beside it."),
     Claim("P1-depth", "3.2", "no number",
           "The advantage declines with depth: comparable to ICA at layer 4 of 6, minimal in the last",
-          "Slope of the advantage on relative depth < 0; advantage at the last layer."),
+          "Lead over the best of the four on relative depth: slope below 0 at the upper end of its interval, and the lead in "
+          "the last layer under half of the largest."),
     Claim("P1-ica", "C.4", "no number",
           "ICA is the best of the baselines",
-          "ICA >= others, paired; raw and oriented."),
+          "ICA minus each other baseline, pooled over layers: all intervals above 0; partly if only its mean is the highest. "
+          "Oriented ICA beside it."),
     Claim("P1-basis", "C.2", "no number",
           "Residual-basis directions are no more interpretable than random ones",
-          "Paired difference's interval contains 0."),
+          "Neuron basis minus random directions, pooled over layers: lower end of the interval not above 0."),
     Claim("P1-blind", "3.2", "argument",
           "The method misses features about previous or next tokens, and output-like late features",
-          "Shifted-token and output-token lexicons: how much score they add, by layer."),
+          "Score added by lexicons of the previous, next and predicted token, chosen on fragments that are not scored: above 0; "
+          "and more features of the predicted token in the last layer than in the first."),
 )
 
 # %% ../nbs/00_core.ipynb #83da1db2
 AUTOINTERP_APPENDIX_CLAIMS = (
     Claim("P1-fig8", "C.1, Fig 8", "Fig 8",
           "High scores also at R < 1: similar at all sizes",
-          "SAE above baselines at each R; slope on log R near 0."),
+          "Lead over the best baseline above 0 at each R, and at most .05 of score gained or lost per doubling of R, at the ends "
+          "of the intervals."),
     Claim("P1-fig9", "C.2, Fig 9", "Fig 9",
           "Random-only scores are much lower, SAE still ahead, above all in early layers",
-          "Random-only minus top-and-random below 0; SAE minus each baseline above 0, per layer."),
+          "Random-only minus top-and-random below 0 for the SAE; random-only, SAE minus each of the four above 0, pooled; and a "
+          "larger lead in the lower half of the layers."),
     Claim("P1-toponly", "A step 4", "no number",
           "Scores on top fragments alone",
           "Shown: reported beside the other scores."),
     Claim("P1-nfrag", "A, C.2", "10 windows",
           "Scores depend on how many fragments are scored",
-          "Score against number of scored fragments (5 to 200)."),
+          "The same explanations scored on 5 and on 200 random fragments: the difference's interval leaves out 0."),
     Claim("P1-fig10", "C.3, Fig 10", "Fig 10",
           "MLP: SAE (untied, R = 1) ahead of the baselines, both panels",
-          "The Fig 2 rule on MLP activations, top-and-random and random-only."),
+          "The rule of Fig 2 on MLP activations, top-and-random and random-only, against the baselines that are fitted there."),
     Claim("P1-tab2", "C.4, Table 2", ".20/.15 (text says .19/.24), -.09, .02",
           "Score correlates with skew and kurtosis, not with mean or variance",
-          "Pearson r with CI; erratum noted."),
+          "Pearson r over features: intervals above 0 for skew and kurtosis, and around 0 for mean and variance."),
     Claim("P1-fig18", "G, Fig 18", "Fig 18",
           "Allowing PCA/ICA only top-K explains no more than a small fraction of the gap",
-          "Share of the gap closed."),
+          "Share of the gap between SAE and PCA, ICA that top-K closes, pooled over layers: upper ends below a quarter; partly "
+          "below a half."),
 )
 
 # %% ../nbs/00_core.ipynb #4d82d395
