@@ -215,7 +215,7 @@ def judge_table_2(rec):
     "Intervals above 0 for skew and kurtosis and around 0 for mean and variance; partly if only the former."
     above = all(rec["intervals"][k][0] > 0 for k in ("skew", "kurtosis"))
     around = all(low <= 0 <= high for k in ("mean", "var") for low,high in [rec["intervals"][k]])
-    return "holds" if above and around else "partly" if above or around else "does not hold"
+    return "holds" if above and around else "partly" if above else "does not hold"
 
 # %% ../nbs/12_autointerp.ipynb #dfc6ab5e
 def score_by_fragments(
