@@ -34,9 +34,11 @@ def judge_from_environment(
 ): # explains and simulates, and has a name
     "The token lexicon; or the models that SPARSE_CODING_JUDGE names, within SPARSE_CODING_BUDGET tokens."
     if not (name := os.environ.get("SPARSE_CODING_JUDGE")): return TokenLexicon()
-    explains, _, simulates = name.partition(",")
+    explains, _, simulates = map(str.strip, name.partition(","))
     budget = float(os.environ.get("SPARSE_CODING_BUDGET", 1e6))
-    judge = ApiModel(model, Client(explains, budget=budget), Client(simulates or explains, budget=budget))
+    share = budget if simulates in ("", explains) else budget/2          # two models spend from two halves
+    client = Client(explains, budget=share)
+    judge = ApiModel(model, client, client if share == budget else Client(simulates, budget=share))
     judge.name = name
     return judge
 

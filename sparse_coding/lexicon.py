@@ -92,7 +92,7 @@ def in_words(
     model:LanguageModel, # turns tokens into text
 ) -> str: # such as "' the' 3.1, ' a' 2.0"
     "A lexicon as text, without its prefix for the kind of token."
-    if not isinstance(lexicon, Lexicon): return str(lexicon)
+    if not isinstance(lexicon, Lexicon): return lexicon or "(no explanation)"
     return ", ".join(f"{text!r} {mean:.2g}" for text,mean in zip(model.str_tokens(lexicon.tokens), lexicon.means))
 
 # %% ../nbs/11_lexicon.ipynb #f7923b75

@@ -117,3 +117,15 @@ VERDICTS = [
 @pytest.mark.parametrize("claim, rec, verdict", VERDICTS, ids=[f"{c}, {v}" for c,_,v in VERDICTS])
 def test_rules_at_their_edges(claim, rec, verdict):
     assert claim in CLAIMS and RULES[claim](rec) == verdict
+
+
+def test_a_judge_spends_one_budget(monkeypatch):
+    for k,v in dict(OPENAI_BASE_URL="http://localhost:1/v1", SPARSE_CODING_BUDGET="1000").items(): monkeypatch.setenv(k, v)
+    monkeypatch.delenv("SPARSE_CODING_JUDGE", raising=False)
+    assert a.judge_from_environment(None).name == "token lexicon"
+    monkeypatch.setenv("SPARSE_CODING_JUDGE", "one-model")
+    judge = a.judge_from_environment(None)
+    assert judge.simulator is judge.client and judge.client.budget == 1000
+    monkeypatch.setenv("SPARSE_CODING_JUDGE", "explainer, simulator")
+    judge = a.judge_from_environment(None)
+    assert [judge.client.model, judge.simulator.model] == ["explainer", "simulator"] and judge.client.budget + judge.simulator.budget == 1000
