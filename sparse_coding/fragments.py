@@ -285,9 +285,9 @@ def ev_correlation_score(
     if np.shape(predicted) != examples.acts.shape or not np.isfinite(np.asarray(predicted, float)[examples.keep]).all():
         raise SparseCodingError("A prediction must be one finite number per token of every fragment.")
     guess, truth = (np.asarray(v, np.float64)[examples.keep] for v in (predicted, examples.acts))
+    if any(np.ptp(v) <= 1e-9*np.abs(v).max() for v in (guess, truth)): return 0.
     guess, truth = guess - guess.mean(), truth - truth.mean()
-    size = np.sqrt((guess @ guess)*(truth @ truth))
-    return float(guess @ truth/size) if size > 1e-9*len(guess) else 0.
+    return float(guess @ truth/np.sqrt((guess @ guess)*(truth @ truth)))
 
 # %% ../nbs/10_fragments.ipynb #f7768df5
 def scores(

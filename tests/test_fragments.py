@@ -123,6 +123,7 @@ def test_correlation_is_over_all_counted_tokens():
     want = np.corrcoef(guess[e.keep], e.acts[e.keep])[0, 1]
     assert abs(ev_correlation_score(guess, e) - want) < 1e-6
     assert abs(ev_correlation_score(guess*7 + 2, e) - want) < 1e-6
+    assert abs(ev_correlation_score(guess*1e-15, e) - want) < 1e-6
     spoilt = guess.copy(); spoilt[~e.keep] = 1e9
     assert abs(ev_correlation_score(spoilt, e) - want) < 1e-6
     assert ev_correlation_score(np.full((6, 8), .1), e) == 0
