@@ -8,8 +8,7 @@ __all__ = ['LABELS', 'FAINT', 'BASE', 'judge_from_environment', 'judge_table_1',
            'judge_depth', 'judge_ica', 'judge_basis', 'judge_fig9', 'plot_sizes', 'judge_fig8', 'judge_fig10',
            'judge_fig18', 'judge_table_2', 'score_by_fragments', 'judge_nfrag']
 
-# %% ../nbs/12_autointerp.ipynb #84a068b8
-import os
+# %% ../nbs/12_autointerp.ipynb #52bfeb5d
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -19,30 +18,23 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from .baselines import baseline
-from .core import Preset, Recipe, Site, rule
+from .core import Preset, Recipe, Site, SparseCodingError, rule
 from .dictionaries import Dictionary
-from .explainers import ApiModel, Client
+from .explainers import service_from_environment
 from .fragments import Evidence, Examples, ev_correlation_score, evidence, feature_acts, first_usable, scores
 from .lexicon import TokenLexicon
 from .models import LanguageModel
 from .plots import COLORS
 from .training import dictionary
 
-# %% ../nbs/12_autointerp.ipynb #b4215f0b
+# %% ../nbs/12_autointerp.ipynb #70b8cf36
 def judge_from_environment(
     model:LanguageModel, # under study
 ): # explains and simulates, and has a name
-    "The token lexicon; or the models that SPARSE_CODING_JUDGE names, within SPARSE_CODING_BUDGET tokens."
-    if not (name := os.environ.get("SPARSE_CODING_JUDGE")): return TokenLexicon()
-    explains, _, simulates = map(str.strip, name.partition(","))
-    budget = float(os.environ.get("SPARSE_CODING_BUDGET", 1e6))
-    share = budget if simulates in ("", explains) else budget/2          # two models spend from two halves
-    client = Client(explains, budget=share)
-    judge = ApiModel(model, client, client if share == budget else Client(simulates, budget=share))
-    judge.name = name
-    return judge
+    "The models that SPARSE_CODING_JUDGE names, or the token lexicon."
+    return service_from_environment(model) or TokenLexicon()
 
-# %% ../nbs/12_autointerp.ipynb #eacccf1f
+# %% ../nbs/12_autointerp.ipynb #86a9d52c
 @rule("P1-tab1")
 def judge_table_1(rec):
     "Absolute scores belong to a judge and a model."
@@ -53,7 +45,7 @@ def judge_top_only(rec):
     "The paper gives no number."
     return "not comparable"
 
-# %% ../nbs/12_autointerp.ipynb #930e45f6
+# %% ../nbs/12_autointerp.ipynb #cc9806e1
 def method_dictionary(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -81,7 +73,7 @@ def method_scores(
             found[name][site] = scores(explainer, seen, first_usable(seen, n))
     return found
 
-# %% ../nbs/12_autointerp.ipynb #01516118
+# %% ../nbs/12_autointerp.ipynb #c169bd6f
 def redrawn_means(
     found:dict[Site, list[dict]], # scores of one method
     which:str="score", # or "top", "random"
@@ -101,7 +93,7 @@ def with_interval(
     low, high = np.quantile(draws[1:], (.025, .975))
     return float(draws[0]), (float(low), float(high))
 
-# %% ../nbs/12_autointerp.ipynb #652cedbf
+# %% ../nbs/12_autointerp.ipynb #68640545
 LABELS = {"sae": "SAE", "ica": "ICA", "ica-oriented": "ICA, oriented", "pca": "PCA", "basis": "neuron basis", "random": "random directions",
           "pca-topk": "PCA, top K", "ica-topk": "ICA, top K", "shuffled": "SAE, shuffled\nexplanations"}
 FAINT = {"ica-oriented": "^:", "pca-topk": "s:", "ica-topk": "^:", "shuffled": "x:"} # beside the paper's methods
@@ -120,7 +112,7 @@ def plot_methods(
     ax.set(xticks=range(len(mean)), xticklabels=[s.layer for s in next(iter(found.values()))], xlabel="layer")
     ax.axhline(0, color="#999999", lw=.6)
 
-# %% ../nbs/12_autointerp.ipynb #cc6a608f
+# %% ../nbs/12_autointerp.ipynb #032f27c6
 BASE = ("basis", "random", "pca", "ica") # the paper's four
 
 def leads(
@@ -139,13 +131,14 @@ def judge_fig2(rec):
     above = [low > 0 for low,_ in rec["leads"].values()]
     return "holds" if all(above) else "partly" if any(above) else "does not hold"
 
-# %% ../nbs/12_autointerp.ipynb #4c5cce64
+# %% ../nbs/12_autointerp.ipynb #270437ba
 def slopes(
     depth:Float[np.ndarray, "sites"], # from 0 to 1
     y:Float[np.ndarray, "sites draws"], # something measured there
 ) -> Float[np.ndarray, "draws"]: # per unit of depth
-    "Least-squares slope of each draw."
-    d = depth - depth.mean()
+    "Least-squares slope of each draw; raises for a single site."
+    d = np.asarray(depth, float) - np.mean(depth)
+    if not d.any(): raise SparseCodingError("A slope needs two different places: give the preset more layers, or ratios.")
     return d @ y/(d @ d)
 
 @rule("P1-depth")
@@ -165,14 +158,14 @@ def judge_basis(rec):
     "The interval of neuron basis minus random directions does not lie above 0."
     return "holds" if rec["ci95"][0] <= 0 else "does not hold"
 
-# %% ../nbs/12_autointerp.ipynb #83e54028
+# %% ../nbs/12_autointerp.ipynb #18236105
 @rule("P1-fig9")
 def judge_fig9(rec):
-    "Random-only below top-and-random, ahead of every baseline, and further ahead in the lower half of the layers; partly for one or two of the three."
-    checks = rec["fall"][1] < 0, all(low > 0 for low,_ in rec["leads"].values()), rec["lower_half"] > rec["upper_half"]
+    "Random-only below top-and-random, ahead of every baseline, and further ahead in the lower half of the layers, all by their intervals; partly for one or two of the three."
+    checks = rec["fall"][1] < 0, all(low > 0 for low,_ in rec["leads"].values()), rec["early"][0] > 0
     return {3: "holds", 0: "does not hold"}.get(sum(checks), "partly")
 
-# %% ../nbs/12_autointerp.ipynb #337c5e0a
+# %% ../nbs/12_autointerp.ipynb #70377fdf
 def plot_sizes(
     by_size:dict[float, list[dict]], # scores of SAEs by ratio
     lines:dict[str, dict[Site, list[dict]]], # baselines at the same site
@@ -197,21 +190,21 @@ def judge_fig8(rec):
     checks = all(low > 0 for low,_ in rec["leads"].values()), -.05 <= rec["ci95"][0] and rec["ci95"][1] <= .05
     return {2: "holds", 1: "partly", 0: "does not hold"}[sum(checks)]
 
-# %% ../nbs/12_autointerp.ipynb #297ff0e3
+# %% ../nbs/12_autointerp.ipynb #277a9435
 @rule("P1-fig10")
 def judge_fig10(rec):
     "All intervals of the pooled leads above 0, in both panels; partly if some are."
     above = [low > 0 for panel in rec["leads"].values() for low,_ in panel.values()]
     return "holds" if all(above) else "partly" if any(above) else "does not hold"
 
-# %% ../nbs/12_autointerp.ipynb #65a6e830
+# %% ../nbs/12_autointerp.ipynb #18c78669
 @rule("P1-fig18")
 def judge_fig18(rec):
     "Upper ends of the shares closed below a quarter; partly below a half."
     most = max(high for _,high in rec["shares"].values())
     return "holds" if most < .25 else "partly" if most < .5 else "does not hold"
 
-# %% ../nbs/12_autointerp.ipynb #a09b3dc2
+# %% ../nbs/12_autointerp.ipynb #3ec1f65d
 @rule("P1-tab2")
 def judge_table_2(rec):
     "Intervals above 0 for skew and kurtosis and around 0 for mean and variance; partly if only the former."
@@ -219,7 +212,7 @@ def judge_table_2(rec):
     around = all(low <= 0 <= high for k in ("mean", "var") for low,high in [rec["intervals"][k]])
     return "holds" if above and around else "partly" if above else "does not hold"
 
-# %% ../nbs/12_autointerp.ipynb #dfc6ab5e
+# %% ../nbs/12_autointerp.ipynb #5ccdc716
 def score_by_fragments(
     explainer, # explains and simulates
     found:Evidence, # of a dictionary
@@ -227,8 +220,9 @@ def score_by_fragments(
     counts:tuple, # of scored fragments, rising
     n:int=150, # features, of those that fire often enough
 ) -> Float[np.ndarray, "features counts"]:
-    "Random-only score of the same explanations on more and more fragments."
+    "Random-only score of the same explanations on more and more fragments; raises if no feature fires in as many."
     features = (found.n_fragments >= max(counts) + 5).nonzero()[:n, 0].tolist()
+    if not features: raise SparseCodingError(f"No feature fires in {max(counts) + 5} fragments: ask for fewer, or take more text.")
     acts = feature_acts(sae, found.store, found.site, features).numpy()
     explanations, rows = explainer.explain([found.shown(f) for f in features]), []
     for k,(f,text) in enumerate(zip(features, explanations)):

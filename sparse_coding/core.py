@@ -637,7 +637,7 @@ AUTOINTERP_APPENDIX_CLAIMS = (
     Claim("P1-fig9", "C.2, Fig 9", "Fig 9",
           "Random-only scores are much lower, SAE still ahead, above all in early layers",
           "Random-only minus top-and-random below 0 for the SAE; random-only, SAE minus each of the four above 0, pooled; and a "
-          "larger lead in the lower half of the layers."),
+          "larger lead in the lower half of the layers; each by its interval."),
     Claim("P1-toponly", "A step 4", "no number",
           "Scores on top fragments alone",
           "Shown: reported beside the other scores."),

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'LENGTHS', 'Lexicon', 'looked_up', 'write_lexicon', 'read_le
            'score_by_length', 'plot_lengths', 'predictions', 'ManyLexicons', 'blind_spots', 'plot_blind_spots',
            'judge_blind']
 
-# %% ../nbs/11_lexicon.ipynb #cc2fa644
+# %% ../nbs/11_lexicon.ipynb #68719d9f
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ from .fragments import Evidence, Examples, ev_correlation_score, first_usable, s
 from .models import LanguageModel
 from .plots import COLORS, plain_log
 
-# %% ../nbs/11_lexicon.ipynb #feedd745
+# %% ../nbs/11_lexicon.ipynb #7c28159e
 KINDS = {"token": "token", "previous": "previous token", "next": "next token", "predicted": "predicted token"}
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def looked_up(
     if kind == "next": return np.hstack([t[:, 1:], none])
     raise SparseCodingError(f"Unknown kind of lexicon {kind!r}: choose one of {', '.join(KINDS)}.")
 
-# %% ../nbs/11_lexicon.ipynb #d95e8419
+# %% ../nbs/11_lexicon.ipynb #dbba6c8f
 def write_lexicon(
     shown:Examples, # the explainer's fragments
     length:int=5, # tokens at most
@@ -73,7 +73,7 @@ def read_lexicon(
     for token,mean in zip(lexicon.tokens, lexicon.means): guess[at == token] = mean
     return guess
 
-# %% ../nbs/11_lexicon.ipynb #e7007ff2
+# %% ../nbs/11_lexicon.ipynb #d7a559a0
 class TokenLexicon:
     "Explains a feature by a few tokens; deterministic, offline, thousands of features in seconds."
     name = "token lexicon"
@@ -95,7 +95,7 @@ def in_words(
     if not isinstance(lexicon, Lexicon): return lexicon or "(no explanation)"
     return ", ".join(f"{text!r} {mean:.2g}" for text,mean in zip(model.str_tokens(lexicon.tokens), lexicon.means))
 
-# %% ../nbs/11_lexicon.ipynb #f7923b75
+# %% ../nbs/11_lexicon.ipynb #46ec0489
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 320)
 
 def score_by_length(
@@ -123,7 +123,7 @@ def plot_lengths(
     ax.legend()
     return fig
 
-# %% ../nbs/11_lexicon.ipynb #7c52ec96
+# %% ../nbs/11_lexicon.ipynb #19420de1
 @torch.inference_mode()
 def predictions(
     model:LanguageModel, # under study
@@ -142,7 +142,7 @@ def predictions(
     config = dict(model=model.fingerprint, rows=store.meta["rows"], deepest=str(deepest))
     return np.load(load_or_compute("predictions", config, compute, code=(LanguageModel.run_from,))/"predicted.npy", allow_pickle=False)
 
-# %% ../nbs/11_lexicon.ipynb #4043ab49
+# %% ../nbs/11_lexicon.ipynb #c24c13ce
 class ManyLexicons:
     "The kind of lexicon that predicts the spare fragments best."
     name = "token lexicon of the best kind"
@@ -167,7 +167,7 @@ class ManyLexicons:
     def simulate(self, explanations, blind):
         return [self.judges[l.kind].simulate([l], [e])[0] for l,e in zip(explanations, blind)]
 
-# %% ../nbs/11_lexicon.ipynb #d1b09480
+# %% ../nbs/11_lexicon.ipynb #001d85b3
 def blind_spots(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -182,7 +182,7 @@ def blind_spots(
     return [{"feature": a["feature"], "kind": c["explanation"].kind, "token": a["score"], "shifted": b["score"], "all": c["score"]}
             for a,b,c in zip(plain, shifted, every)]
 
-# %% ../nbs/11_lexicon.ipynb #bdb7c7fb
+# %% ../nbs/11_lexicon.ipynb #5f96a1ce
 def plot_blind_spots(
     found:dict[int, list[dict]], # by layer, from `blind_spots`
 ) -> plt.Figure:
@@ -205,7 +205,7 @@ def plot_blind_spots(
     right.legend(ncols=2, loc="lower center", bbox_to_anchor=(.5, 1.02), frameon=False)
     return fig
 
-# %% ../nbs/11_lexicon.ipynb #3f412271
+# %% ../nbs/11_lexicon.ipynb #92634b61
 @rule("P1-blind")
 def judge_blind(rec):
     "A gain from looking elsewhere at the lower end of its interval, and a share of predicted-token features that grows from the first layer to the last; partly for one of the two."

@@ -86,6 +86,7 @@ def test_leads_are_differences_and_the_best_baseline_is_the_hardest():
     assert (lead["best"] <= np.minimum(lead["pca"], lead["ica"]) + 1e-12).all()
     line = a.slopes(np.array([.1, .5, .9]), np.array([[2., 1], [1., 1], [0., 1]]))
     np.testing.assert_allclose(line, [-2.5, 0])
+    with pytest.raises(SparseCodingError, match="two different places"): a.slopes([.5], np.ones((1, 3)))
 
 
 VERDICTS = [
@@ -98,9 +99,10 @@ VERDICTS = [
     ("P1-basis", dict(ci95=(-.1, .1)), "holds"), ("P1-basis", dict(ci95=(.01, .1)), "does not hold"),
     ("P1-fig8", dict(leads={"R 1": (.1, .2)}, ci95=(-.02, .04)), "holds"), ("P1-fig8", dict(leads={"R 1": (.1, .2)}, ci95=(-.02, .06)), "partly"),
     ("P1-fig8", dict(leads={"R 1": (-.1, .2)}, ci95=(-.02, .06)), "does not hold"),
-    ("P1-fig9", dict(fall=(-.3, -.1), leads={"pca": (.1, .2)}, lower_half=.3, upper_half=.1), "holds"),
-    ("P1-fig9", dict(fall=(-.3, -.1), leads={"pca": (-.1, .2)}, lower_half=.3, upper_half=.1), "partly"),
-    ("P1-fig9", dict(fall=(-.3, .1), leads={"pca": (-.1, .2)}, lower_half=.1, upper_half=.1), "does not hold"),
+    ("P1-fig9", dict(fall=(-.3, -.1), leads={"pca": (.1, .2)}, early=(.1, .3)), "holds"),
+    ("P1-fig9", dict(fall=(-.3, -.1), leads={"pca": (-.1, .2)}, early=(.1, .3)), "partly"),
+    ("P1-fig9", dict(fall=(-.3, -.1), leads={"pca": (.1, .2)}, early=(-.1, .3)), "partly"),
+    ("P1-fig9", dict(fall=(-.3, .1), leads={"pca": (-.1, .2)}, early=(-.1, .3)), "does not hold"),
     ("P1-fig10", dict(leads={"score": {"pca": (.1, .2)}, "random": {"pca": (.1, .2)}}), "holds"),
     ("P1-fig10", dict(leads={"score": {"pca": (.1, .2)}, "random": {"pca": (-.1, .2)}}), "partly"),
     ("P1-fig18", dict(shares={"pca": (-.1, .2), "ica": (0, .1)}), "holds"), ("P1-fig18", dict(shares={"pca": (.2, .4)}), "partly"),
@@ -129,3 +131,11 @@ def test_a_judge_spends_one_budget(monkeypatch):
     monkeypatch.setenv("SPARSE_CODING_JUDGE", "explainer, simulator")
     judge = a.judge_from_environment(None)
     assert [judge.client.model, judge.simulator.model] == ["explainer", "simulator"] and judge.client.budget + judge.simulator.budget == 1000
+    assert judge.name == "explainer, simulator"
+    monkeypatch.setenv("SPARSE_CODING_JUDGE", "same,same")
+    judge = a.judge_from_environment(None)
+    assert judge.simulator is judge.client and judge.client.budget == 1000
+    monkeypatch.setenv("SPARSE_CODING_JUDGE", "one,two,three")
+    with pytest.raises(SparseCodingError, match="not 3"): a.judge_from_environment(None)
+    monkeypatch.setenv("SPARSE_CODING_BUDGET", "a million")
+    with pytest.raises(SparseCodingError, match="number of tokens.*'a million'"): a.judge_from_environment(None)

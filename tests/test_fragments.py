@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_coding.activations import load_store
+from sparse_coding.activations import ActivationStore, load_store
 from sparse_coding.baselines import fixed, random_rotation
 from sparse_coding.core import Site, SparseCodingError
 from sparse_coding.corpora import load_rows
 from sparse_coding.dictionaries import TiedSAE, TopKSAE
-from sparse_coding.fragments import (Collector, Evidence, Examples, collect, ev_correlation_score, evidence, feature_acts,
+from sparse_coding.fragments import (Collector, Evidence, Examples, FragmentStore, collect, ev_correlation_score, evidence, feature_acts,
                                      fingerprint, first_usable, scores)
 from sparse_coding.models import load_model
 from tiny import tiny_model
@@ -23,7 +23,8 @@ def tiny(tmp_path_factory):
     texts = [" ".join(f"word{(i*j) % 37}" for j in range(400)) for i in range(12)]
     (folder/"text.txt").write_text("\n".join(texts))
     model = load_model(str(tiny_model(folder/"model", "llama")))
-    return model, load_store(model, load_rows(str(folder/"text.txt"), model, "train", None, 64, heldout=0.), SITE)
+    store = load_store(model, load_rows(str(folder/"text.txt"), model, "train", None, 64, heldout=0.), SITE)
+    return model, FragmentStore(store.folder, model.eot_id)
 
 
 def sparse(d=32, n=48, bias=-.6, cls=TiedSAE, **how):
@@ -90,6 +91,17 @@ def test_an_interrupted_pass_goes_on(tiny, tmp_path, monkeypatch):
     for k in whole: torch.testing.assert_close(again[k], whole[k], rtol=1e-4, atol=1e-5, msg=k)
 
 
+def test_the_mark_between_documents_does_not_count(tiny, tmp_path):
+    model, store = tiny
+    plain, often = ActivationStore(store.folder), int(np.bincount(store.tokens[:, 1:].ravel()).argmax())
+    store, mark = FragmentStore(store.folder, often), torch.from_numpy(store.tokens == often)
+    keep, before = store.keep(SITE).view(mark.shape), plain.keep(SITE).view(mark.shape)
+    assert (before & mark).any() and torch.equal(keep, before & ~mark)
+    for a,b in ((0, 64), (10, 70), (63, 64), (5, None), (64, 640)): assert torch.equal(store.keep(SITE, a, b), keep.flatten()[a:b])
+    loud = fixed(torch.nn.functional.normalize(store.read(SITE, 0, store.n)[mark.flatten()].mean(0, keepdim=True), dim=1), signed=True)
+    assert all((~mark[i, np.abs(e).argmax()]) for i,e in zip(*[collect(loud, store, SITE, tmp_path)[f"top_{k}"][:, 0].numpy() for k in ("ids", "acts")]))
+
+
 def test_shown_scored_and_spare_are_the_protocols(tiny, own_cache):
     model, store = tiny
     found = evidence(None, model, sparse(), SITE, store)
@@ -100,7 +112,9 @@ def test_shown_scored_and_spare_are_the_protocols(tiny, own_cache):
     assert sorted([*found.shown(f).ids, *found.scored_top(f).ids, *found.spare(f).ids]) == sorted(top.ids)
     for f in first_usable(found, None):
         random = found.scored_random(f)
-        assert len(random) == 5 and not set(random.ids) & set(found.shown(f).ids) and (random.acts != 0).any(1).all()
+        assert len(random) == 5 and (random.acts != 0).any(1).all()
+        parts = [found.shown(f), found.scored_top(f), random, found.spare(f)]
+        assert len(set(np.concatenate([e.ids for e in parts]))) == sum(map(len, parts))
     torch.testing.assert_close(torch.tensor(top.acts), feature_acts(sparse(), store, SITE, [found.shown(f) and first_usable(found, 1)[0]])[top.ids, :, 0],
                                rtol=2e-3, atol=1e-3)
     rare = (~found.usable).nonzero()[:, 0].tolist()
