@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['interleave_times', 'median_ratio', 'cut_model', 'bare_forward', 'harvest_ways', 'harvest_errors', 'bench_harvest',
-           'evidence_ways', 'bench_fragments']
+           'evidence_ways', 'bench_fragments', 'plain_visits', 'bench_acdc']
 
 # %% ../nbs/80_bench.ipynb #6cc1a459
 import copy
@@ -19,11 +19,14 @@ from torch import nn
 
 # %% ../nbs/80_bench.ipynb #28efb7a5
 from .activations import batch_rows, harvest, relative_error
-from .core import Preset, Site, best_matmul, cache_dir, fast_matmul
+from .baselines import baseline
+from .core import Preset, Recipe, Site, best_matmul, cache_dir, fast_matmul
 from .corpora import load_rows
 from .dictionaries import Dictionary, TiedSAE
 from .fragments import FRAGMENT, Collector
+from .ioi import Patching, attribution, ioi_pairs, sweep_once, visits
 from .models import LanguageModel, load_model
+from .training import dictionary
 
 # %% ../nbs/80_bench.ipynb #b3064387
 def interleave_times(
@@ -160,3 +163,45 @@ def bench_fragments(
     seconds = interleave_times(evidence_ways(model, sae, site, torch.tensor(text.tokens).long()), rounds)
     return [{"way": way, "fragments_per_second": len(text)/statistics.median(times), "times_the_model": 1/median_ratio(seconds["model up to the layer"], times),
              "d_sae": sae.d_sae, "site": str(site), "fragments": len(text), "rounds": rounds} for way,times in seconds.items()]
+
+# %% ../nbs/80_bench.ipynb #8ab355bf
+def plain_visits(
+    case:Patching, # pairs, layer and dictionary
+    todo:list[int], # features to visit
+    tau:float, # threshold
+) -> list[int]: # dropped
+    "The first visits of a search with one full forward pass each."
+    model, site, kept = case.model, Site(case.layer), list(range(case.sae.d_sae))
+    c = case.sae.encode(model.run_to(case.pairs.target, site)[site])
+    def kl(F):
+        z = model.splice(case.pairs.base, site, lambda x: x + (c - case.sae.encode(x))[..., F] @ case.f[F])
+        return float(((z := z[:, -1].double().log_softmax(-1)).exp()*(z - case.y)).sum(-1).mean())
+    now = kl(kept)
+    for j in todo:
+        new = kl(without := [i for i in kept if i != j])
+        if new - now < tau: kept, now = without, new
+    return [j for j in todo if j not in kept]
+
+# %% ../nbs/80_bench.ipynb #91bf3453
+def bench_acdc(
+    p:Preset, # model, layer and dictionary
+    n_pairs:int=50, # of sentences
+    sample:int=5, # visits timed the plain way
+    tau:float=1e-3, # threshold
+) -> list[dict]: # per decomposition: seconds per visit, and how much faster the first sweep over all features is
+    "ACDC's first sweep against one full forward pass per visit, in one run, with the decisions compared."
+    model, found = load_model(p.model, fold=p.fold), []
+    pairs, rounds = ioi_pairs(model, n_pairs, p.seed), 2
+    for name,sae in (("SAE", dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))), ("PCA", baseline(p, model, p.site, "pca"))):
+        case = Patching(model, pairs, p.layer, sae)
+        todo, rise = visits(case.live, p.seed, 0), dict(enumerate((-attribution(case, (1.,))).tolist()))
+        state = lambda: dict(kept=list(case.live), edit=case.edit(case.live), kl=case.kl(case.edit(case.live)))
+        with torch.inference_mode():
+            plain = interleave_times({"plain": lambda: plain_visits(case, todo[:sample], tau)}, rounds)["plain"]
+            start = time.perf_counter()
+            dropped = [j for j,*_ in sweep_once(case, state(), list(todo), tau, rise)]
+            fast, slow = time.perf_counter() - start, statistics.median(plain)/(sample + 1)
+            same = plain_visits(case, todo[:sample], tau) == [j for j in todo[:sample] if j in dropped]
+        found.append({"decomposition": name, "features": sae.d_sae, "differ": len(todo), "pairs": n_pairs, "plain_seconds_per_visit": slow,
+                      "seconds_per_visit": fast/len(todo), "visit_times_faster": slow*len(todo)/fast, "sweep_times_faster": slow*sae.d_sae/fast, "same": same})
+    return found

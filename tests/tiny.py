@@ -15,6 +15,7 @@ The river runs from the mountains to the sea, and the people of the valley have 
 for year in range(1901, 1911):
     print(year, "the bridge is standing")
 """
+NAMES = [" Mary", " John", " Anna", " Tom", " Paul", " Lisa"]                   # one token each, as sentences for IOI want them
 
 
 def tiny_tokenizer(vocab_size=384):
@@ -24,6 +25,7 @@ def tiny_tokenizer(vocab_size=384):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>"],
                                                         initial_alphabet=alphabet, show_progress=False))
+    tok.add_tokens(NAMES)
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
