@@ -191,3 +191,8 @@ def test_pairs_differ_in_one_token_and_have_one_length(llama):
     assert torch.equal(ioi.ioi_pairs(llama, 9, seed=3).base, pairs.base) and not torch.equal(ioi.ioi_pairs(llama, 9, seed=4).base, pairs.base)
     assert pairs[2:4].order == pairs.order[2:4] and torch.equal(pairs[[0, 5]].target, pairs.target[[0, 5]])
     with pytest.raises(SparseCodingError, match="could be made"): ioi.ioi_pairs(llama, 9, templates=("{A} and {B}",))
+
+
+def test_the_embedded_model_does_the_task():
+    rows = ioi.gate(model := load_model(), ioi.ioi_pairs(model, 12, seed=1))
+    assert [r["order"] for r in rows] == ["ABBA", "BABA"] and all(r["accuracy"] >= .65 and r["logit difference"] > 1 for r in rows)
