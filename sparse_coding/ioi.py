@@ -144,7 +144,7 @@ class Patching:
             x, target = (model.run_to(t, Site(layer))[Site(layer)] for t in (pairs.base, pairs.target))
             self.x, self.delta = x[:, a:], sae.encode(target[:, a:]) - sae.encode(x[:, a:])
             self.f = sae.decode(one := torch.eye(sae.d_sae, device=x.device)) - sae.decode(0*one[:1])
-            self.seq, self.error = x.shape[1], target - x
+            self.seq, self.change = x.shape[1], target - x
             if a: _above(model, layer, x[:, :a], _Keys(self.saved, 0, None))
             self.y = model.logits(pairs.target)[:, -1].double().log_softmax(-1)
         self.hits = self.delta.ne(0).any(1).cpu()              # which pairs a feature can matter to
@@ -282,7 +282,7 @@ def sweep_once(
     bar=None, # told of every visit
 ) -> list[tuple]: # feature dropped, divergence and edit magnitude per pair then
     "One sweep of ACDC at one threshold."
-    dropped, evaluated = [], 0
+    dropped = []
     while todo:
         path = case.try_path(state["edit"], todo, lambda j: rise[j] < tau, rows)
         for j,hit,edit,kl in path:

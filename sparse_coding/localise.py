@@ -9,7 +9,6 @@ __all__ = ['STYLES', 'decomposition', 'searched', 'strongest', 'by_gradient', 'o
 
 # %% ../nbs/13_localise.ipynb #01aa5cbd
 from collections.abc import Iterable
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,14 +16,14 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 
-from .baselines import baseline, nearest_recipe
+from .baselines import baseline
 from .core import Preset, Recipe, Site, load_or_compute, rule
 from .dictionaries import Dictionary
 from .fragments import fingerprint
 from .ioi import Curve, Patching, acdc, attribution, midpoints, ranked
 from .models import LanguageModel
 from .plots import COLORS, plain_log
-from .training import dictionary, results
+from .training import dictionary
 
 # %% ../nbs/13_localise.ipynb #df3f1933
 def decomposition(
@@ -162,7 +161,7 @@ def floors(
     case:Patching, # pairs, layer and dictionary
 ) -> dict[str, Float[np.ndarray, "n"]]: # nats per pair
     "Divergence with nothing patched, with everything, and of the target with its own reconstruction."
-    whole, codes = case.edit(case.live), case.sae.encode(case.x + case.error[:, case.first:])
+    whole, codes = case.edit(case.live), case.sae.encode(case.x + case.change[:, case.first:])
     return {k: case.kl(e).numpy() for k,e in (("nothing", case.edit([])), ("everything", whole), ("reconstruction only", case.sae.decode(codes) - case.x))}
 
 @rule("P1-floor")

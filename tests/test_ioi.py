@@ -61,7 +61,7 @@ def test_patching_is_the_plain_forward_pass_with_the_stream_edited(model):
 @torch.inference_mode()
 def test_all_features_of_an_invertible_dictionary_are_the_target(model):
     case = Patching(model, made_pairs(), LAYER, fixed(random_rotation(32, 1), signed=True))
-    torch.testing.assert_close(case.x + case.edit(case.live), case.x + case.error[:, case.first:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.x + case.edit(case.live), case.x + case.change[:, case.first:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(case.logits(case.edit(case.live)), model.logits(case.pairs.target)[:, -1], atol=2e-4, rtol=1e-4)
     assert case.kl(case.edit(case.live)).max() < 1e-5
 
