@@ -470,11 +470,11 @@ def test_all_at_once_is_the_prefix_by_itself(tiny, batch):
         for place,value in list(zip(places, predicted))[::2]:
             ids = tiny.tokenizer(prompt[:place], add_special_tokens=False)["input_ids"]
             p = tiny.hf(torch.tensor([ids])).logits[0, -1].double().softmax(-1)[digits]
-            assert value == pytest.approx(float(p @ torch.arange(local.top + 1.).double()/p.sum()), abs=2e-3)
-    np.testing.assert_allclose(local.simulate(["days of the week"], [blind[1:2]])[0], found[1:2], atol=2e-3)      # and one by itself
+            assert value == pytest.approx(float(p @ torch.arange(local.top + 1.).double()/p.sum()), abs=1e-5)
+    np.testing.assert_allclose(local.simulate(["days of the week"], [blind[1:2]])[0], found[1:2], atol=1e-5)      # and one by itself
     both = local.simulate(["a", None, "days of the week"], [blind, blind, blind])
-    np.testing.assert_allclose(both[2], found, atol=2e-3)
-    assert not both[1].any() and not np.allclose(both[0], found, atol=2e-3)
+    np.testing.assert_allclose(both[2], found, atol=1e-5)
+    assert not both[1].any() and not np.allclose(both[0], found, atol=1e-5)
 
 
 def test_the_last_of_the_likeliest_words(tiny):
