@@ -24,7 +24,7 @@ from .core import Preset, Recipe, Site, best_matmul, cache_dir, fast_matmul
 from .corpora import load_rows
 from .dictionaries import Dictionary, TiedSAE
 from .fragments import FRAGMENT, Collector
-from .ioi import Patching, attribution, ioi_pairs, sweep_once, visits
+from .ioi import Patching, attribution, ioi_pairs, start_search, sweep_once, visits
 from .models import LanguageModel, load_model
 from .training import dictionary
 
@@ -195,11 +195,10 @@ def bench_acdc(
     for name,sae in (("SAE", dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))), ("PCA", baseline(p, model, p.site, "pca"))):
         case = Patching(model, pairs, p.layer, sae)
         todo, rise = visits(case.live, p.seed, 0), dict(enumerate((-attribution(case, (1.,))).tolist()))
-        state = lambda: dict(kept=list(case.live), edit=case.edit(case.live), kl=case.kl(case.edit(case.live)))
         with torch.inference_mode():
             plain = interleave_times({"plain": lambda: plain_visits(case, todo[:sample], tau)}, rounds)["plain"]
             start = time.perf_counter()
-            dropped = [j for j,*_ in sweep_once(case, state(), list(todo), tau, rise)]
+            dropped = [j for j,*_ in sweep_once(case, start_search(case, case.live), list(todo), tau, rise)]
             fast, slow = time.perf_counter() - start, statistics.median(plain)/(sample + 1)
             same = plain_visits(case, todo[:sample], tau) == [j for j in todo[:sample] if j in dropped]
         found.append({"decomposition": name, "features": sae.d_sae, "differ": len(todo), "pairs": n_pairs, "plain_seconds_per_visit": slow,

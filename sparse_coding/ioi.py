@@ -4,31 +4,34 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'NAMES', 'PLACES', 'OBJECTS', 'THRESHOLDS', 'Pairs', 'ioi_pairs', 'gate', 'Patching', 'attribution',
-           'midpoints', 'Curve', 'ranked', 'acdc_plainly', 'visits', 'sweep_once', 'acdc', 'estimate_acdc']
+           'midpoints', 'Curve', 'ranked', 'acdc_plainly', 'visits', 'try_path', 'sweep_once', 'start_search', 'acdc',
+           'estimate_acdc', 'greedily']
 
-# %% ../nbs/13_ioi.ipynb #33d7da46
+# %% ../nbs/13_ioi.ipynb #fe9db345
 import copy, time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import AttentionInterface
 
 from .core import Site, SparseCodingError, fast_matmul, mean_ci
 from .dictionaries import Dictionary
-from .models import LanguageModel, _Given, _variant
+from .models import LanguageModel
 from .plots import COLORS
 
-# %% ../nbs/13_ioi.ipynb #862da215
+# %% ../nbs/13_ioi.ipynb #db3d5769
 TEMPLATES = (
     "Then {A} and {B} found the {place}, and {S} gave a {object} to", "On Monday {A} met {B} near the {place}, and {S} showed a {object} to",
     "While {A} and {B} waited at the {place}, {S} offered a {object} to", "After {A} and {B} left the {place}, {S} returned the {object} to",
@@ -44,7 +47,7 @@ NAMES = ("Alice", "Anna", "Bob", "Carl", "Charles", "Daniel", "David", "Diana", 
 PLACES = ("school", "station", "market", "library", "office", "garden", "museum", "hospital", "hotel", "shop")
 OBJECTS = ("book", "ring", "ticket", "letter", "lamp", "map", "basket", "phone", "key", "picture")
 
-# %% ../nbs/13_ioi.ipynb #c4ca32a4
+# %% ../nbs/13_ioi.ipynb #8e21e4e5
 @dataclass(frozen=True)
 class Pairs:
     "Sentences that differ in one name, without their last word."
@@ -58,9 +61,9 @@ class Pairs:
     def __len__(self): return len(self.base)
     def __getitem__(self, i): return Pairs(*(t[i] for t in (self.base, self.target, self.io, self.new, self.s)), tuple(np.array(self.order)[i]))
     @property
-    def first(self): return int((self.base != self.target).any(0).nonzero()[0])  # nothing differs before
+    def differ(self): return (self.base != self.target).cumsum(1) > 0  # from the changed name on
 
-# %% ../nbs/13_ioi.ipynb #a651a583
+# %% ../nbs/13_ioi.ipynb #cecdfc8b
 def _draw(model, rng, names, templates):
     "One pair as token ids, with its three names and its order."
     (io, s, new), order = rng.choice(names, 3, replace=False), ("ABBA", "BABA")[rng.integers(2)]
@@ -71,7 +74,7 @@ def _draw(model, rng, names, templates):
     k = rng.integers(len(templates))
     return ids(io), ids(new), *(model.tokenize(" " + n)[0, 0].cpu() for n in (io, new, s)), order
 
-# %% ../nbs/13_ioi.ipynb #03f1d929
+# %% ../nbs/13_ioi.ipynb #657358b7
 def ioi_pairs(
     model:LanguageModel, # its tokenizer decides which names can be used
     n:int=50, # pairs
@@ -91,7 +94,7 @@ def ioi_pairs(
     if len(chosen) < n: raise SparseCodingError(f"Only {len(chosen)} of {n} pairs could be made of these names and templates: give more of them.")
     return Pairs(*(torch.stack(t) for t in list(zip(*chosen))[:5]), tuple(d[-1] for d in chosen))
 
-# %% ../nbs/13_ioi.ipynb #ed391164
+# %% ../nbs/13_ioi.ipynb #0315fff2
 @torch.inference_mode()
 def gate(
     model:LanguageModel, # under study
@@ -108,27 +111,54 @@ def gate(
                      "accuracy": float((right > wrong)[here].float().mean()), "the likeliest token": float((z.argmax(-1) == pairs.io)[here].float().mean())})
     return rows
 
-# %% ../nbs/13_ioi.ipynb #b13ba673
-class _Keys(DynamicCache):
-    "Keys and values of the first positions, handed to every layer; what comes after them is not kept."
-    def __init__(self, saved, n, rows):
-        super().__init__()
-        self.saved, self.n, self.rows = saved, n, rows
+# %% ../nbs/13_ioi.ipynb #671e4ef7
+@dataclass
+class _Packed:
+    "Positions of several sentences in one row."
+    see: Int[Tensor, "rows seq"] # the number of the key that each row looks at
+    fresh: Bool[Tensor, "rows seq"] # is it computed now?
+    old: dict # by layer: keys and values that are known, [number, heads, d_head]
+    keys: dict # by layer: old and new
 
-    def update(self, k, v, layer_idx, *args, **kwargs):
-        if self.rows is None: self.saved[layer_idx] = k, v
-        if not self.n: return k, v
-        return tuple(torch.cat([old[self.rows], new], 2) for old,new in zip(self.saved[layer_idx], (k, v)))
+def _packed(module, q, k, v, mask, scaling=None, packed=None, **kwargs):
+    "Attention among packed positions; queries that are not computed are filled with anything and not given out."
+    q, *new = (t[0].transpose(0, 1) for t in (q, k, v))
+    old = packed.old.get(module.layer_idx, [t[:0] for t in new])
+    packed.keys[module.layer_idx] = known = [torch.cat(two) for two in zip(old, new)]
+    q, k, v = (t.transpose(1, 2) for t in (q[(packed.see - len(old[0])).clamp(0)], *(t[packed.see] for t in known)))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)[packed.fresh][None], None
 
-    def get_seq_length(self, *args, **kwargs): return self.n
-    def get_mask_sizes(self, query, *args, **kwargs): return self.n + (query if isinstance(query, int) else len(query)), 0
+AttentionInterface.register("packed", _packed)
 
-def _above(model, layer, x, keys):
-    "The final hidden states that follow from the residual stream after a layer."
-    blocks = nn.ModuleList([_Given(x)]*(layer + 1) + list(model.blocks[layer + 1:]))
-    return _variant(model.hf.base_model, **{model._blocks: blocks})(inputs_embeds=x, past_key_values=keys, use_cache=True).last_hidden_state
+# %% ../nbs/13_ioi.ipynb #53ecb760
+@contextmanager
+def _attention(hf, name):
+    "Another implementation of attention, for a while."
+    before = hf.config._attn_implementation
+    hf.set_attn_implementation(name)
+    try: yield
+    finally: hf.set_attn_implementation(before)
 
-# %% ../nbs/13_ioi.ipynb #472d5989
+def _number(see, start, known):
+    "New numbers from each row's start on; and where they are."
+    fresh = torch.arange(see.shape[1]) >= start[:, None]
+    return torch.where(fresh, known - 1 + fresh.flatten().cumsum(0).view(fresh.shape), see), fresh
+
+@patch
+def run_packed(self:LanguageModel,
+    layer:int, # the layer whose output is given
+    x:Float[Tensor, "rows seq d_model"], # the residual stream after that layer
+    see:Int[Tensor, "rows seq"], # which key and value each row looks at, by number: those of `old`, then the new ones in the order of packing
+    fresh:Bool[Tensor, "rows seq"], # which positions are computed: in each row, all from some position on
+    old:dict, # by layer: known keys and values
+) -> tuple[Float[Tensor, "rows vocab"], dict]: # logits after each row; by layer: old and new keys and values
+    "The next token's logits from a residual stream of which each row changes from another position on."
+    packed, x = _Packed(*(t.to(x.device) for t in (see, fresh)), old, {}), x[fresh][None]
+    with _attention(self.hf, "packed"), fast_matmul(self.device):
+        out = self.above(layer, x)(inputs_embeds=x, position_ids=packed.fresh.nonzero()[None, :, 1], use_cache=False, packed=packed).last_hidden_state[0]
+        return self.hf.get_output_embeddings()(out[packed.fresh.sum(1).cumsum(0) - 1]), packed.keys
+
+# %% ../nbs/13_ioi.ipynb #c4ded1d3
 class Patching:
     "Two runs of the model over pairs of sentences, and everything in between; raises for a dictionary of another model or site."
     def __init__(self,
@@ -138,55 +168,66 @@ class Patching:
         sae:Dictionary, # in whose features
     ):
         sae = sae.check(model, Site(layer))
-        sae = sae if sae.M.device == model.device else copy.deepcopy(sae).to(model.device)
-        self.model, self.pairs, self.layer, self.sae, self.saved, self.first = model, pairs, layer, sae, {}, (a := pairs.first)
+        self.sae = sae if sae.M.device == model.device else copy.deepcopy(sae).to(model.device)
+        self.model, self.pairs, self.layer, self.see = model, pairs, layer, torch.arange(pairs.base.numel()).view_as(pairs.base)
         with torch.inference_mode(), fast_matmul(model.device):
-            x, target = (model.run_to(t, Site(layer))[Site(layer)] for t in (pairs.base, pairs.target))
-            self.x, self.delta = x[:, a:], sae.encode(target[:, a:]) - sae.encode(x[:, a:])
-            self.f = sae.decode(one := torch.eye(sae.d_sae, device=x.device)) - sae.decode(0*one[:1])
-            self.seq, self.change = x.shape[1], target - x
-            if a: _above(model, layer, x[:, :a], _Keys(self.saved, 0, None))
-            self.y = model.logits(pairs.target)[:, -1].double().log_softmax(-1)
-        self.hits = self.delta.ne(0).any(1).cpu()              # which pairs a feature can matter to
+            self.x, target = (model.run_to(t, Site(layer))[Site(layer)] for t in (pairs.base, pairs.target))
+            after = pairs.differ[..., None].to(model.device)
+            self.change, self.delta = (target - self.x)*after, (self.sae.encode(target) - self.sae.encode(self.x))*after
+            self.f = self.sae.decode(one := torch.eye(sae.d_sae, device=model.device)) - self.sae.decode(0*one[:1])
+            self.y = model.logits(pairs.target)[:, -1].log_softmax(-1)
+            self.keys = self.run(self.x)[1]
+        changed = self.delta.ne(0).cpu()
+        self.hits = changed.any(1)                             # which pairs a feature can matter to
+        self.start = torch.where(self.hits, changed.int().argmax(1), pairs.base.shape[1])    # and from where on
         self.live = self.hits.any(0).nonzero()[:, 0].tolist()
+    def run(self, x): return self.model.run_packed(self.layer, x, *_number(self.see, torch.zeros(len(x)), 0), {})    # from nothing
     def __repr__(self): return f"{len(self.pairs)} pairs at layer {self.layer}: {len(self.live):,} of {self.sae.d_sae:,} features differ between base and target"
 
-# %% ../nbs/13_ioi.ipynb #aa243a15
+# %% ../nbs/13_ioi.ipynb #814d84b4
 @patch
 def edit(self:Patching,
     features:list[int], # F
-) -> Float[Tensor, "n rest d"]: # x' - x, from the first position that can differ
+) -> Float[Tensor, "n seq d"]: # x' - x
     "What patching a set of features adds to the residual stream."
     return self.delta[..., features] @ self.f[features]
 
 @patch
 def logits(self:Patching,
-    edit:Float[Tensor, "rows rest d"], # as from `edit`
+    edit:Float[Tensor, "rows seq d"], # as from `edit`
     rows:Int[Tensor, "rows"]=None, # of which pairs; all if not given
 ) -> Float[Tensor, "rows vocab"]:
     "The next token's logits after the base sentences with an edited residual stream."
     rows = torch.arange(len(self.pairs)) if rows is None else rows
-    last = _above(self.model, self.layer, self.x[rows] + edit, _Keys(self.saved, self.first, rows))[:, -1].contiguous()
-    return self.model.hf.get_output_embeddings()(last)
+    start = torch.minimum(self.pairs.differ[rows].int().argmax(1), edit.ne(0).any(-1).int().argmax(1).cpu())
+    return self.model.run_packed(self.layer, self.x[rows] + edit, *_number(self.see[rows], start, self.see.numel()), self.keys)[0]
 
-# %% ../nbs/13_ioi.ipynb #bd34e87d
+# %% ../nbs/13_ioi.ipynb #24abd940
 @patch
 def kl(self:Patching,
-    edit:Float[Tensor, "rows rest d"], # as from `edit`
+    edit:Float[Tensor, "rows seq d"], # as from `edit`
     rows:Int[Tensor, "rows"]=None, # of which pairs; all if not given
 ) -> Float[Tensor, "rows"]: # nats, float64
     "D_KL(z||y): what is left to the target after an edit (section 4.1)."
-    with fast_matmul(self.model.device): z = self.logits(edit, rows).double().log_softmax(-1)
-    return (z.exp()*(z - self.y[slice(None) if rows is None else rows])).sum(-1).cpu()
+    return self.divergence(self.logits(edit, rows), rows)
+
+@patch
+def divergence(self:Patching,
+    logits:Float[Tensor, "rows vocab"], # of the next token
+    rows:Int[Tensor, "rows"]=None, # of which pairs; all if not given
+) -> Float[Tensor, "rows"]: # nats, float64
+    "D_KL of predictions to those of the target sentences."
+    z, y = logits.log_softmax(-1), self.y[slice(None) if rows is None else rows]
+    return F.kl_div(y, z, log_target=True, reduction="none").sum(-1).double().cpu()
 
 @patch
 def magnitude(self:Patching,
-    edit:Float[Tensor, "rows rest d"], # as from `edit`
+    edit:Float[Tensor, "rows seq d"], # as from `edit`
 ) -> Float[Tensor, "rows"]: # units of the residual stream
     "Mean length of the edit over all positions of a sentence."
-    return edit.norm(dim=-1).sum(1).double().cpu()/self.seq
+    return edit.norm(dim=-1).mean(1).double().cpu()
 
-# %% ../nbs/13_ioi.ipynb #cd095ade
+# %% ../nbs/13_ioi.ipynb #b589d5dc
 def attribution(
     case:Patching, # pairs, layer and dictionary
     at:Iterable[float]=(0.,), # shares of the whole edit at which gradients are taken: 0 for attribution patching
@@ -199,7 +240,7 @@ def attribution(
         found = found + ((g @ case.f.T)*case.delta).sum((0, 1)).cpu()/len(at)
     return found
 
-# %% ../nbs/13_ioi.ipynb #c7c31565
+# %% ../nbs/13_ioi.ipynb #3e67b500
 def midpoints(
     n:int=8, # steps
 ) -> tuple[float]:
@@ -226,7 +267,7 @@ def ranked(
     kl, size = (np.array([f(e).numpy() for e in edits]) for f in (case.kl, case.magnitude))
     return Curve(np.array(counts), kl, size, list(order))
 
-# %% ../nbs/13_ioi.ipynb #93042f7b
+# %% ../nbs/13_ioi.ipynb #f1931806
 def acdc_plainly(
     kl:Callable, # of a list of features, patched together
     features:list[int], # to begin with
@@ -252,51 +293,67 @@ def visits(
     "The order in which a sweep visits features; it depends on nothing but these."
     return np.random.default_rng((seed, k)).permutation(sorted(kept)).tolist()
 
-# %% ../nbs/13_ioi.ipynb #283ca6e3
-@patch
-def try_path(self:Patching,
-    edit:Float[Tensor, "n rest d"], # of the features that are in now
+# %% ../nbs/13_ioi.ipynb #ffb06fb2
+@torch.inference_mode()
+def try_path(
+    case:Patching, # pairs, layer and dictionary
+    state:dict, # as `sweep_once` has it
     todo:list[int], # features in the order of their visits
     drops:Callable, # of a feature: is it expected to go?
-    rows:int, # how many sentences to run at once, about
-) -> list[tuple]: # per visit: feature, the pairs it touches, their edit and their divergence without it
+    positions:int, # how many to compute at once, about
+) -> tuple[list, dict]: # per visit: feature, the pairs it touches, their edit, what they see and their divergence without it; keys and values
     "Evaluate the next visits of a search side by side, as if all expectations came true."
-    path, ahead, at = [], edit.clone(), 0
+    path, edit, see, n = [], state["edit"].clone(), case.see.clone(), case.see.numel()
     for j in todo:
-        hit = self.hits[:, j].nonzero()[:, 0]
-        path.append((j, hit, ahead[hit] - self.delta[hit][..., j, None]*self.f[j]))
-        if drops(j): ahead[hit] = path[-1][2]
-        if (at := at + len(hit)) >= rows: break
-    kl = self.kl(torch.cat([e for *_,e in path]), torch.cat([hit for _,hit,_ in path]))
-    return [(*step, new) for step,new in zip(path, kl.split([len(hit) for _,hit,_ in path]))]
+        hit = case.hits[:, j].nonzero()[:, 0]
+        path.append((j, hit, edit[hit] - case.delta[hit][..., j, None]*case.f[j], *_number(see[hit], case.start[hit, j], n)))
+        if drops(j): edit[hit], see[hit] = path[-1][2:4]
+        if (n := n + int(path[-1][4].sum())) >= positions + case.see.numel(): break
+    _, hits, edits, sees, fresh = (torch.cat(step) if k else step for k,step in enumerate(zip(*path)))
+    logits, keys = case.model.run_packed(case.layer, case.x[hits] + edits, sees, fresh, state["keys"])
+    found = case.divergence(logits, hits).split([len(hit) for _,hit,*_ in path])
+    return [(*step[:4], kl) for step,kl in zip(path, found)], keys
 
-# %% ../nbs/13_ioi.ipynb #a2c2e5cf
+# %% ../nbs/13_ioi.ipynb #4f3b3a5c
 @torch.inference_mode()
 def sweep_once(
     case:Patching, # pairs, layer and dictionary
-    state:dict, # kept features, edit, kl per pair; changed in place
+    state:dict, # kept features, edit, kl per pair, keys and values by layer; changed in place
     todo:list[int], # features in the order of their visits
     tau:float, # threshold
     rise:dict[int, float], # what dropping each is believed to cost, replaced by what it costs
-    rows:int=64, # sentences at once
+    positions:int=1024, # how many to compute at once, about
     bar=None, # told of every visit
 ) -> list[tuple]: # feature dropped, divergence and edit magnitude per pair then
     "One sweep of ACDC at one threshold."
     dropped = []
     while todo:
-        path = case.try_path(state["edit"], todo, lambda j: rise[j] < tau, rows)
-        for j,hit,edit,kl in path:
+        path, keys = try_path(case, state, todo, lambda j: rise[j] < tau, positions)
+        seen = case.see.clone()
+        for j,hit,edit,see,kl in path:
             expected, rise[j] = rise[j] < tau, float((kl - state["kl"][hit]).sum())/len(case.pairs)
             if bar is not None: bar.update(1)
             todo = todo[1:]
             if (drop := rise[j] < tau):
-                state["edit"][hit], state["kl"][hit] = edit, kl
+                state["edit"][hit], state["kl"][hit], seen[hit] = edit, kl, see
                 state["kept"].remove(j)
                 dropped.append((j, state["kl"].clone(), case.magnitude(state["edit"])))
             if drop != expected: break
+        state["keys"] = {layer: [t[seen.flatten()] for t in kv] for layer,kv in keys.items()}
     return dropped
 
-# %% ../nbs/13_ioi.ipynb #87a18367
+# %% ../nbs/13_ioi.ipynb #8bba5151
+@torch.inference_mode()
+def start_search(
+    case:Patching, # pairs, layer and dictionary
+    kept:list[int], # features that are patched
+) -> dict: # as `sweep_once` has it
+    "The state of a search before its first visit."
+    edit = case.edit(kept)
+    logits, keys = case.run(case.x + edit)
+    return dict(kept=list(kept), edit=edit, kl=case.divergence(logits), keys=keys)
+
+# %% ../nbs/13_ioi.ipynb #e532b80f
 THRESHOLDS = tuple(np.logspace(-5, 0, 10))
 
 def acdc(
@@ -304,26 +361,25 @@ def acdc(
     thresholds:Iterable[float]=THRESHOLDS, # nats, rising
     seed:int=0, # of the visiting orders
     folder:Path=None, # where finished sweeps are kept, to go on from
-    rows:int=64, # sentences at once
+    positions:int=1024, # how many to compute at once, about
 ) -> Curve: # from no feature to all that differ; what survives the last threshold went by what it was worth
     "Nested sets of features by ACDC, with the result of the plain algorithm (section 4.1)."
-    kept, file = list(case.live), Path(folder)/"sweeps.safetensors" if folder else None
-    with torch.inference_mode(): edit = case.edit(kept)
-    steps, done = [(-1, case.kl(edit), case.magnitude(edit))], -1
-    if file and file.exists(): steps, done = _read_steps(file)
-    kept = [j for j in kept if j not in {s[0] for s in steps}]
-    with torch.inference_mode(): state = dict(kept=kept, edit=case.edit(kept), kl=steps[-1][1].clone())
+    state, file = start_search(case, case.live), Path(folder)/"sweeps.safetensors" if folder else None
+    steps, done = [(-1, state["kl"].clone(), case.magnitude(state["edit"]))], -1
+    if file and file.exists():
+        steps, done = _read_steps(file)
+        state = start_search(case, [j for j in case.live if j not in {s[0] for s in steps}])
     rise = dict(enumerate((-attribution(case, (1.,))).tolist()))
     for k,tau in enumerate(thresholds := tuple(thresholds)):
         if k <= done or not state["kept"]: continue
         with tqdm(total=len(state["kept"]), desc=f"ACDC, threshold {k + 1} of {len(thresholds)}", unit="visit", leave=False, delay=2) as bar:
-            steps += sweep_once(case, state, visits(state["kept"], seed, k), tau, rise, rows, bar)
+            steps += sweep_once(case, state, visits(state["kept"], seed, k), tau, rise, positions, bar)
         if file: _write_steps(file, steps, k)
-    steps += sweep_once(case, state, sorted(state["kept"], key=rise.get), float("inf"), rise, rows)
+    steps += sweep_once(case, state, sorted(state["kept"], key=rise.get), float("inf"), rise, positions)
     kl, size = (np.array([s[i].numpy() for s in steps[::-1]]) for i in (1, 2))
     return Curve(np.arange(len(steps)), kl, size, [j for j,*_ in steps[:0:-1]])
 
-# %% ../nbs/13_ioi.ipynb #bc31d887
+# %% ../nbs/13_ioi.ipynb #72e45e5b
 def _write_steps(file, steps, k):
     "Finished sweeps, whole or not at all."
     part = file.with_suffix(".tmp")
@@ -335,16 +391,29 @@ def _read_steps(file):
     s = load_file(file)
     return list(zip(s["features"].tolist(), s["kl"], s["edit"])), int(s["done"])
 
-# %% ../nbs/13_ioi.ipynb #c1f5043a
+# %% ../nbs/13_ioi.ipynb #0ce0c6fc
 @torch.inference_mode()
 def estimate_acdc(
     case:Patching, # pairs, layer and dictionary
     visits:float=4., # per feature that differs
-) -> dict: # visits, rows of the model above the layer, seconds
+) -> dict: # visits, positions to compute above the layer, seconds
     "What a search will take, from one timed batch."
-    whole, rows = case.edit(case.live), torch.arange(len(case.pairs))
-    case.kl(whole, rows)
+    start_search(case, case.live)
     start = time.perf_counter()
-    case.kl(whole, rows)
-    each, n = (time.perf_counter() - start)/len(rows), visits*int(case.hits[:, case.live].sum())
-    return {"visits": round(visits*len(case.live)), "rows": round(n), "seconds": round(n*each, 1)}
+    start_search(case, case.live)
+    each = (time.perf_counter() - start)/case.see.numel()
+    n = visits*int((case.see.shape[1] - case.start[:, case.live]).sum())
+    return {"visits": round(visits*len(case.live)), "positions": round(n), "seconds": round(n*each, 1)}
+
+# %% ../nbs/13_ioi.ipynb #42e726f6
+def greedily(
+    kl:Callable, # of a list of features, patched together
+    features:list[int], # to choose from
+) -> list[tuple]: # feature added, divergence then; first (None, divergence of none)
+    "Add the feature that helps most, until all are in."
+    order, trace = [], [(None, float(kl([])))]
+    while len(order) < len(features):
+        now, j = min((float(kl([*order, j])), j) for j in features if j not in order)
+        order.append(j)
+        trace.append((j, now))
+    return trace

@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'decomposition', 'searched', 'strongest', 'by_gradient', 'o
            'plot_curve', 'plot_fig3', 'judge_fig3_left', 'judge_fig3_right', 'judge_alpha_0', 'floors', 'judge_floor',
            'needed', 'plot_needed', 'plot_fig17', 'judge_fig17']
 
-# %% ../nbs/13_localise.ipynb #01aa5cbd
+# %% ../nbs/13_localise.ipynb #d898dadb
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .models import LanguageModel
 from .plots import COLORS, plain_log
 from .training import dictionary
 
-# %% ../nbs/13_localise.ipynb #df3f1933
+# %% ../nbs/13_localise.ipynb #1b4f4948
 def decomposition(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -36,22 +36,26 @@ def decomposition(
     if isinstance(name, str): return baseline(p, model, site, name)
     return dictionary(p, model, Recipe(site, name[0], name[1], seed=p.seed))
 
+def _kept(kind, case, how, compute, code):
+    "A curve from the cache, computed where it is not there."
+    def write(folder):
+        c = compute(folder)
+        save_file({k: torch.from_numpy(np.asarray(getattr(c, k))) for k in ("count", "kl", "edit", "features")}, folder/"curve.safetensors")
+    config = dict(model=case.model.fingerprint, dictionary=fingerprint(case.sae), layer=case.layer, base=case.pairs.base.tolist(),
+                  target=case.pairs.target.tolist(), live=case.live, **how)
+    found = load_file(load_or_compute(kind, config, write, code=code)/"curve.safetensors")
+    return Curve(*(v.numpy() for v in (found["count"], found["kl"], found["edit"])), found["features"].tolist())
+
 def searched(
-    p:Preset, # in force
     case:Patching, # pairs, layer and dictionary
     thresholds:Iterable[float], # nats, rising
     seed:int=0, # of the visiting orders
 ) -> Curve:
     "ACDC, kept in the cache; goes on after an interruption."
-    def compute(folder):
-        c = acdc(case, thresholds, seed, folder)
-        save_file({k: torch.from_numpy(np.asarray(getattr(c, k))) for k in ("count", "kl", "edit", "features")}, folder/"curve.safetensors")
-    config = dict(model=case.model.fingerprint, dictionary=fingerprint(case.sae), layer=case.layer, base=case.pairs.base.tolist(),
-                  target=case.pairs.target.tolist(), thresholds=list(map(float, thresholds)), seed=seed, live=case.live)
-    found = load_file(load_or_compute("acdc", config, compute, code=(acdc,))/"curve.safetensors")
-    return Curve(*(v.numpy() for v in (found["count"], found["kl"], found["edit"])), found["features"].tolist())
+    how = dict(thresholds=[float(tau) for tau in thresholds], seed=seed)
+    return _kept("acdc", case, how, lambda folder: acdc(case, thresholds, seed, folder), (acdc,))
 
-# %% ../nbs/13_localise.ipynb #e0116096
+# %% ../nbs/13_localise.ipynb #eb775fe2
 def strongest(
     case:Patching, # pairs, layer and dictionary
     n:int|None, # features; all that differ if None
@@ -64,11 +68,13 @@ def by_gradient(
     at:Iterable[float]=midpoints(), # where gradients are taken, see `attribution`
     points:int=24, # sizes of sets
 ) -> Curve:
-    "The curve of a ranking by integrated gradients."
-    order = [j for j in attribution(case, at).argsort().tolist() if j in set(case.live)]
-    return ranked(case, order, np.unique(np.geomspace(1, len(order), points).round().astype(int)).tolist())
+    "The curve of a ranking by integrated gradients, kept in the cache."
+    def compute(folder):
+        order = [j for j in attribution(case, at).argsort().tolist() if j in set(case.live)]
+        return ranked(case, order, np.unique(np.geomspace(1, len(order), points).round().astype(int)).tolist())
+    return _kept("ranking", case, dict(at=[float(t) for t in at], points=points), compute, (attribution, ranked))
 
-# %% ../nbs/13_localise.ipynb #a637afc8
+# %% ../nbs/13_localise.ipynb #07000afb
 def on_grid(
     c:Curve, # with pairs to average over
     grid:Float[np.ndarray, "points"], # of counts or magnitudes
@@ -88,7 +94,7 @@ def shared_grid(
     if over == "count": return np.geomspace(1, min(c.count.max() for c in curves), points)
     return np.linspace(0, min(c.edit.mean(1).max() for c in curves), points)
 
-# %% ../nbs/13_localise.ipynb #c57edb4b
+# %% ../nbs/13_localise.ipynb #b1c09421
 def area_between(
     ours:list[Curve], # one per visiting order
     theirs:list[Curve], # likewise, of the same pairs of sentences
@@ -102,7 +108,7 @@ def area_between(
     gap = [mean(theirs, r) - mean(ours, r) for r in rows]
     return float(gap[0]), tuple(float(q) for q in np.quantile(gap[1:], (.025, .975)))
 
-# %% ../nbs/13_localise.ipynb #8a172c6f
+# %% ../nbs/13_localise.ipynb #7803cc92
 STYLES = {"PCA": ("pca", "-"), "alpha 0": ("ink", "--"), "PCA, two ends": ("pca", ":"), "ICA": ("ica", "-"), "neuron basis": ("basis", "-"), "random directions": ("random", "-")}
 
 def plot_curve(
@@ -119,7 +125,7 @@ def plot_curve(
     ax.plot(grid, lines.mean(0), line, color=color, label=label, lw=1.6)
     ax.fill_between(grid, lines.min(0), lines.max(0), color=color, alpha=.2, lw=0)
 
-# %% ../nbs/13_localise.ipynb #13c092bc
+# %% ../nbs/13_localise.ipynb #82c00af4
 def plot_fig3(
     found:dict[str, list[Curve]], # by decomposition
 ) -> plt.Figure:
@@ -137,7 +143,7 @@ def plot_fig3(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
-# %% ../nbs/13_localise.ipynb #f1c64baa
+# %% ../nbs/13_localise.ipynb #09f17634
 @rule("P1-fig3l")
 def judge_fig3_left(rec):
     "PCA minus SAE over log counts: interval above 0 at the working alpha; partly if so at another alpha only."
@@ -155,14 +161,14 @@ def judge_alpha_0(rec):
     not_above = [low <= 0 for low,_ in rec["intervals"].values()]
     return "holds" if all(not_above) else "partly" if any(not_above) else "does not hold"
 
-# %% ../nbs/13_localise.ipynb #2ba4fce4
+# %% ../nbs/13_localise.ipynb #ea45d737
 @torch.inference_mode()
 def floors(
     case:Patching, # pairs, layer and dictionary
 ) -> dict[str, Float[np.ndarray, "n"]]: # nats per pair
     "Divergence with nothing patched, with everything, and of the target with its own reconstruction."
-    whole, codes = case.edit(case.live), case.sae.encode(case.x + case.change[:, case.first:])
-    return {k: case.kl(e).numpy() for k,e in (("nothing", case.edit([])), ("everything", whole), ("reconstruction only", case.sae.decode(codes) - case.x))}
+    whole, codes = case.edit(case.live), case.sae.encode(case.x + case.change)
+    return {k: case.kl(e).numpy() for k,e in (("nothing", case.edit([])), ("everything", whole), ("reconstruction only", (case.sae.decode(codes) - case.x)*case.pairs.differ[..., None].to(codes.device)))}
 
 @rule("P1-floor")
 def judge_floor(rec):
@@ -170,7 +176,7 @@ def judge_floor(rec):
     steps, whole = rec["steps"], rec["whole"]
     return "holds" if all(low > 0 for low,_ in steps) else "partly" if whole[0] > 0 else "does not hold"
 
-# %% ../nbs/13_localise.ipynb #7b22c8a9
+# %% ../nbs/13_localise.ipynb #2696fb4c
 def needed(
     c:Curve, # divergence by count
     share:float=.5, # of the divergence with nothing patched that is to be left
@@ -184,7 +190,7 @@ def needed(
     (a, b), (x, y) = (kl[i-1], kl[i]), np.log(np.maximum(c.count[i-1:i+1], .5))
     return float(np.exp(x + (y - x)*(a - share*start)/(a - b)))
 
-# %% ../nbs/13_localise.ipynb #d202d8b0
+# %% ../nbs/13_localise.ipynb #1083c0d0
 def plot_needed(
     ax:plt.Axes, # to be filled
     every:dict[float, dict[float, Curve]], # by ratio and alpha
@@ -203,7 +209,7 @@ def plot_needed(
     ax.set(xscale="log", yscale="log", xlabel="active features per token, $L_0$", ylabel=f"features patched until {1 - share:.0%} is closed")
     for axis in "xy": plain_log(ax, axis)
 
-# %% ../nbs/13_localise.ipynb #505d73d1
+# %% ../nbs/13_localise.ipynb #104b3662
 def plot_fig17(
     by_layer:dict[int, dict[str, Curve]], # curves by layer and decomposition
 ) -> plt.Figure:

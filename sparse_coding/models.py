@@ -311,15 +311,21 @@ def _variant(module, **children):
     return new
 
 @patch
+def above(self:LanguageModel,
+    layer:int, # the layer whose output is given
+    x:Float[Tensor, "batch seq d_model"], # the residual stream after that layer
+) -> nn.Module: # call it with `inputs_embeds=x`
+    "The network without its unembedding, in which `x` comes out of a layer whatever goes in; raises for a layer out of range."
+    self.check(Site(layer, "resid_post"))
+    return _variant(self.hf.base_model, **{self._blocks: nn.ModuleList([_Given(x)]*(layer+1) + list(self.blocks[layer+1:]))})
+
+@patch
 def run_from(self:LanguageModel,
     layer:int, # the layer whose output is given
     x:Float[Tensor, "batch seq d_model"], # the residual stream after that layer
 ) -> Float[Tensor, "batch seq vocab"]: # logits
     "The logits that follow from a residual stream, running only the blocks above it."
-    self.check(Site(layer, "resid_post"))
-    blocks = nn.ModuleList([_Given(x)]*(layer+1) + list(self.blocks[layer+1:]))
-    base = _variant(self.hf.base_model, **{self._blocks: blocks})
-    return _variant(self.hf, **{self.hf.base_model_prefix: base})(inputs_embeds=x, use_cache=False).logits
+    return _variant(self.hf, **{self.hf.base_model_prefix: self.above(layer, x)})(inputs_embeds=x, use_cache=False).logits
 
 # %% ../nbs/02_models.ipynb #caa1b019
 @patch
