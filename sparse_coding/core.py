@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', 'VARIANTS_CLAIMS', 'FEATURES_CLAIMS',
            'FIDELITY_CLAIMS', 'AUTOINTERP_CLAIMS', 'AUTOINTERP_APPENDIX_CLAIMS', 'IOI_CLAIMS', 'CASE_STUDY_CLAIMS',
-           'CIRCUIT_CLAIMS', 'DISCUSSION_CLAIMS', 'ATTENTION_SAE_CLAIMS', 'ATTENTION_HEAD_CLAIMS',
+           'EFFECT_CLAIMS', 'CIRCUIT_CLAIMS', 'DISCUSSION_CLAIMS', 'ATTENTION_SAE_CLAIMS', 'ATTENTION_HEAD_CLAIMS',
            'ATTENTION_IOI_CLAIMS', 'CLAIMS', 'RULES', 'COLUMNS', 'SparseCodingError', 'Site', 'Source', 'Preset',
            'preset', 'check_preset', 'Recipe', 'sweep', 'mlp_grid', 'study', 'study_sites', 'set_seed', 'device',
            'set_threads', 'threads', 'matmul_precision', 'probe_matmul', 'best_matmul', 'fast_matmul',
@@ -682,35 +682,45 @@ IOI_CLAIMS = (
 CASE_STUDY_CLAIMS = (
     Claim("P1-poly", "sec. 1, 5.1, D.1, Fig 11", "dim 21, layer 4",
           "Neuron-basis directions are polysemantic on real text: different things at different ranges",
-          "Purity and recall of the direction that most reads the target, both signs, against the feature's."),
+          "Purity on the feature's group of the purest side of any coordinate: below the feature's, intervals apart, and below .5; partly "
+          "if one of the two."),
     Claim("P1-fig4l", "5.1, Fig 4 left", "feature 556",
           "One feature fires almost only on one kind of token, lower activations on similar ones",
-          "Purity by activation range and recall, with intervals."),
+          "Purity in the upper half of the activation range above .9 by its interval, and over the whole range above .5; partly if one."),
     Claim("P1-notall", "5.1, Figs 14, 15", "'I'll', 'don't'",
           "It does not fire on all of them: other features take other contexts",
-          "Recall, and overlap matrix of the group's features."),
+          "Recall below .9 by its interval, and another feature of purity above .5 fires where it does not; partly if only the first."),
     Claim("P1-fig12/13", "D.2", "Figs 12, 13",
           "Context feature ('if' in code) and token-part feature ('dis')",
-          "Found by rule in the code and encyclopedia domains; purity with interval."),
+          "Each with a feature of purity above .5 by its interval; partly for one."),
     Claim("P1-others", "5.1", "no number",
           "Features for periods, ' the', newlines exist",
-          "Found by rule."),
+          "Each with a feature of purity above .5 by its interval; partly for some."),
+    Claim("P1-outlier", "D.1, D.3, fn. 7", "no number",
+          "Outlier dimensions exist and take features of their own",
+          "A coordinate with ten times the median energy, and a live feature with over half of its squared weight in such; partly if only "
+          "the first."),
+    Claim("P1-typical", "5.1", "no number",
+          "Dictionary features are highly monosemantic: those shown are typical",
+          "Median purity of live features on their own five tokens: above random directions and coordinates, intervals apart, and above .5; "
+          "partly if only the first."),
 )
 
 # %% ../nbs/00_core.ipynb #bb6b380c
-CIRCUIT_CLAIMS = (
+EFFECT_CLAIMS = (
     Claim("P1-fig4r", "5.2, Fig 4 right", "'s'",
           "Removing the feature lowers the expected next token",
-          "Effect on all logits, and on the true next token's log-probability."),
+          "Of a feature found by what follows it: the mean drop of the true next token's log-probability is above 0 by its interval, and "
+          "of all tokens' mean logits that of its own next token falls most; partly if one of the two."),
+)
+
+CIRCUIT_CLAIMS = (
     Claim("P1-tree", "5.3, Fig 5", "Fig 5",
           "Previous-layer features cause it: a readable tree for a closing-parenthesis feature of the last layer",
           "Edges by ablation with null; root in the last layer."),
     Claim("P1-unembed", "5.3", "closing parentheses on top",
           "Unembedding that last-layer feature gives closing parentheses",
           "Share of closers among top 10, against random features."),
-    Claim("P1-outlier", "D.1, D.3, fn. 7", "no number",
-          "Outlier dimensions exist and take features of their own; the O'-feature",
-          "Features whose weight sits in the outlier dimensions; listed."),
     Claim("P1-failed", "D.4", "negative result",
           "Multiplying a feature through the next MLP and looking for cosine matches finds nothing",
           "Cosines against the random null."),
@@ -789,7 +799,7 @@ CLAIMS = {c.id: replace(c, module=module) for module,claims in {
     "toy": TOY_CLAIMS, "training": TRAINING_CLAIMS, "variants": VARIANTS_CLAIMS,
     "features": FEATURES_CLAIMS, "fidelity": FIDELITY_CLAIMS,
     "autointerp": AUTOINTERP_CLAIMS + AUTOINTERP_APPENDIX_CLAIMS, "localise": IOI_CLAIMS,
-    "case_studies": CASE_STUDY_CLAIMS + CIRCUIT_CLAIMS, "discussion": DISCUSSION_CLAIMS,
+    "case_studies": CASE_STUDY_CLAIMS, "effects": EFFECT_CLAIMS, "trees": CIRCUIT_CLAIMS, "discussion": DISCUSSION_CLAIMS,
     "attention_saes": ATTENTION_SAE_CLAIMS, "attention_heads": ATTENTION_HEAD_CLAIMS,
     "attention_ioi": ATTENTION_IOI_CLAIMS}.items() for c in claims}
 
@@ -846,7 +856,9 @@ def verdict(
     if claim.shown_only: return "not comparable"
     if claim.id not in RULES: importlib.import_module(f"sparse_coding.{claim.module}")
     if claim.id not in RULES: raise SparseCodingError(f"{claim.id} was recorded but {claim.module} exports no rule.")
-    return RULES[claim.id](rec)
+    try: return RULES[claim.id](rec)
+    except KeyError as e:
+        raise SparseCodingError(f"The record of {claim.id} has no {e}, which its rule reads: it is of an older version, run the notebook of {claim.module} again.") from e
 
 # %% ../nbs/00_core.ipynb #054a0e51
 COLUMNS = "measured ci95 n seed preset model corpus seconds commit".split()

@@ -53,7 +53,7 @@ def choose(
             raise SparseCodingError(f"No notebook begins with {missing[0]!r}: there are {', '.join(q.stem for q in paths)}.")
         paths = [q for q in paths if q.name.startswith(tuple(wanted))]
     if figure:
-        paths = [q for q in paths if re.search(rf'save_figure\(.*"fig{re.escape(figure)}"\)', code_of(q))]
+        paths = [q for q in paths if re.search(rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)', code_of(q))]
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} yet: the index is in README.md.")
     return paths
 

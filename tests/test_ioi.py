@@ -67,7 +67,7 @@ def test_a_path_is_one_plain_patch_per_visit(model):
     case, rng = Patching(model, made_pairs(), LAYER, sparse()), np.random.default_rng(5)
     state, todo = ioi.start_search(case, case.live), rng.permutation(case.live).tolist()
     goes = {j: bool(rng.random() < .6) for j in todo}
-    path, _ = ioi.try_path(case, state, todo, goes.get, 10_000)
+    path, _ = ioi.try_path(case, state, todo, 0., {j: -1. if g else 1. for j,g in goes.items()}, 10_000)
     kept = list(todo)
     assert [j for j,*_ in path] == todo
     for j,hit,edit,_,kl in path:
