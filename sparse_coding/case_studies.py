@@ -8,7 +8,7 @@ __all__ = ['token_mass', 'next_tokens', 'token_group', 'candidates', 'explained'
            'judge_polysemantic', 'judge_others', 'judge_context', 'judge_outlier', 'own_purity', 'plot_purities',
            'judge_typical']
 
-# %% ../nbs/14_case_studies.ipynb #8be92906
+# %% ../nbs/14_case_studies.ipynb #804a4b77
 import re
 from collections.abc import Callable, Iterable
 
@@ -26,7 +26,7 @@ from .models import LanguageModel
 from .plots import COLORS
 from .toy import readable
 
-# %% ../nbs/14_case_studies.ipynb #d080217c
+# %% ../nbs/14_case_studies.ipynb #f40dc701
 @torch.inference_mode()
 def token_mass(
     sae:Dictionary, # of any kind
@@ -51,7 +51,7 @@ def next_tokens(
     "What follows every token."
     return np.hstack([np.asarray(tokens)[:, 1:], np.full((len(tokens), 1), -1)])
 
-# %% ../nbs/14_case_studies.ipynb #a584d376
+# %% ../nbs/14_case_studies.ipynb #d8744ec4
 def token_group(
     model:LanguageModel, # whose vocabulary
     pattern:str, # a regular expression for the whole text of a token
@@ -77,7 +77,7 @@ def candidates(
     purity[share < .02] = 0.
     return [{"feature": j, "purity": float(purity[j]), "share": float(share[j])} for j in purity.argsort(descending=True)[:n].tolist() if purity[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #87db291e
+# %% ../nbs/14_case_studies.ipynb #c45ff551
 def explained(
     features:Iterable[int], # of a dictionary
     found:Evidence, # of the same
@@ -96,7 +96,7 @@ def with_words(
     words = explained([r["feature"] for r in table], found, model)
     return [r | {"fires on": int(found.fires[r["feature"]]), "strongest tokens": w} for r,w in zip(table, words)]
 
-# %% ../nbs/14_case_studies.ipynb #0a50aae0
+# %% ../nbs/14_case_studies.ipynb #3f376fcc
 @torch.inference_mode()
 def active_on(
     model:LanguageModel, # under study
@@ -111,7 +111,7 @@ def active_on(
     c = sae.check(model, site).encode(model.run_to(model.tokenize(prompt), site)[site][0, -1]).cpu()
     return [{"feature": j, "activation": float(c[j])} for j in torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist() if c[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #d08db559
+# %% ../nbs/14_case_studies.ipynb #f2216054
 def about(
     explanations:dict[int, str], # by feature
     text:str, # a regular expression
@@ -121,7 +121,7 @@ def about(
     hits = [j for j,words in explanations.items() if re.search(text, words)]
     return [{"feature": j, "explanation": explanations[j]} for j in hits[:n]]
 
-# %% ../nbs/14_case_studies.ipynb #45811b9a
+# %% ../nbs/14_case_studies.ipynb #4410cd3a
 def ranges(
     acts:Float[np.ndarray, "n"], # of one feature
     parts:int=10, # of equal width, from 0 to the maximum
@@ -134,13 +134,13 @@ def plot_tokens(
     acts:Float[np.ndarray, "fragments seq"], # of one feature
     tokens:Int[np.ndarray, "fragments seq"], # the text
     model:LanguageModel, # turns tokens into text
-    n:int=6, # tokens with a colour of their own
+    n:int=6, # tokens with a colour of their own: those with most of the activation
 ):
     "Figure 4, left: which tokens make up each range of a feature's activation."
     at, tokens = ranges(np.ravel(acts)), np.ravel(tokens)
-    ids, counts = np.unique(tokens[at >= 0], return_counts=True)
+    ids, group = np.unique(tokens[at >= 0], return_inverse=True)
     total, bottom = np.maximum(np.bincount(at[at >= 0], minlength=10), 1), np.zeros(10)
-    names = [*ids[np.argsort(-counts, kind="stable")[:n]], None]
+    names = [*ids[np.argsort(-np.bincount(group, np.ravel(acts)[at >= 0], len(ids)), kind="stable")[:n]], None]
     colors = [*(COLORS[k] for k in ("sae", "target", "ica", "pca", "basis", "other")[:n]), "#dddddd"]
     for token,color in zip(names, colors):
         mine = np.bincount(at[(at >= 0) & (tokens == token)], minlength=10)/total if token is not None else (np.bincount(at[at >= 0], minlength=10) > 0) - bottom
@@ -151,7 +151,7 @@ def plot_tokens(
     ax.set(xlim=(0, 10), ylim=(0, 1), xticks=range(0, 11, 2), xticklabels=[f"{edge*k:.2g}" for k in range(0, 11, 2)], xlabel="activation", ylabel="share of tokens")
     ax.legend(fontsize=7, handlelength=1, bbox_to_anchor=(1, 1.02), loc="upper left")
 
-# %% ../nbs/14_case_studies.ipynb #dc489bab
+# %% ../nbs/14_case_studies.ipynb #2df5167f
 def share_ci(
     part:Float[np.ndarray, "fragments"], # sums per fragment
     whole:Float[np.ndarray, "fragments"], # likewise; never less than the part
@@ -180,7 +180,7 @@ def recall(
     "Share of a group's tokens on which a feature fires."
     return share_ci(((acts > 0) & inside).sum(1), inside.sum(1))
 
-# %% ../nbs/14_case_studies.ipynb #03016262
+# %% ../nbs/14_case_studies.ipynb #6d2768a1
 @rule("P1-fig4l")
 def judge_input(rec):
     "In the upper half of its range the feature's purity is above .9, by its interval, and over the whole range above .5; partly if one of the two."
@@ -193,7 +193,7 @@ def judge_not_all(rec):
     missed = rec["recall"][1] < .9
     return "holds" if missed and rec["others"] > 0 else "partly" if missed else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #a7eca026
+# %% ../nbs/14_case_studies.ipynb #5145fefe
 def overlap(
     acts:Float[np.ndarray, "fragments seq features"], # of several features
     inside:Bool[np.ndarray, "fragments seq"], # the group
@@ -202,14 +202,14 @@ def overlap(
     fires = (acts[inside] > 0).astype(float)
     with np.errstate(invalid="ignore"): return fires.T @ fires/fires.sum(0)[:, None]
 
-# %% ../nbs/14_case_studies.ipynb #13b7c15b
+# %% ../nbs/14_case_studies.ipynb #4c978bd0
 @rule("P1-poly")
 def judge_polysemantic(rec):
     "The best side of any coordinate is less pure than the feature, intervals apart, and below .5; partly if only one of the two."
     apart = rec["side"][1] < rec["feature_purity"][0], rec["side"][1] < .5
     return "holds" if all(apart) else "partly" if any(apart) else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #358d7b4c
+# %% ../nbs/14_case_studies.ipynb #cdf46a7c
 @rule("P1-others")
 def judge_others(rec):
     "For periods, ' the' and line ends there is a feature of purity above .5, by its interval; partly for some."
@@ -221,13 +221,13 @@ def judge_context(rec):
     "The same for 'if' in code and for 'dis'."
     return judge_others(rec)
 
-# %% ../nbs/14_case_studies.ipynb #3c45205a
+# %% ../nbs/14_case_studies.ipynb #0b075878
 @rule("P1-outlier")
 def judge_outlier(rec):
     "Some coordinate carries ten times the median energy, and some live feature has over half of its squared weight in such; partly if only the first."
     return "holds" if rec["coordinates"] and rec["features"] else "partly" if rec["coordinates"] else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #e17453a1
+# %% ../nbs/14_case_studies.ipynb #7c8aead1
 def own_purity(
     chosen:Float[Tensor, "vocab d_sae"], # mass on one half of the text
     judged:Float[Tensor, "vocab d_sae"], # mass on the other
@@ -239,7 +239,7 @@ def own_purity(
     pure = judged[:n].gather(0, top).sum(0)/judged.sum(0)
     return torch.where((judged.sum(0) > 0) & (chosen.sum(0) > 0), pure, torch.nan)
 
-# %% ../nbs/14_case_studies.ipynb #40e5aae4
+# %% ../nbs/14_case_studies.ipynb #18e9a990
 def plot_purities(
     ax:plt.Axes, # to be filled
     purities:dict[str, Float[np.ndarray, "n"]], # by decomposition; keys of COLORS
@@ -254,7 +254,7 @@ def plot_purities(
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="purity on a feature's own five tokens", ylabel="share of features at least as pure")
     ax.legend()
 
-# %% ../nbs/14_case_studies.ipynb #373559c7
+# %% ../nbs/14_case_studies.ipynb #82f87d52
 @rule("P1-typical")
 def judge_typical(rec):
     "The median live feature's purity is above that of random directions and of coordinates, intervals apart, and above .5; partly if only the first."

@@ -310,6 +310,7 @@ def _variant(module, **children):
     new._modules = {**module._modules, **children}
     return new
 
+# %% ../nbs/02_models.ipynb #89c51728
 @patch
 def above(self:LanguageModel,
     layer:int, # the layer whose output is given

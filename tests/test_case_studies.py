@@ -204,15 +204,6 @@ def test_steering_at_strength_nothing_is_the_model(tiny):
     torch.testing.assert_close(got[1], model.run_with(tokens, {SITE: add})[:, -1].log_softmax(-1), atol=1e-3, rtol=1e-3)
 
 
-def test_unembedding_is_the_end_of_the_model(tiny):
-    "With the final norm's gain, and up to its scale: the derivative of the logits along a direction of constant norm."
-    model, _ = tiny
-    d = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    named = dict(model.hf.base_model.named_children())
-    norm = named.get("norm") or named.get("final_layer_norm") or named.get("ln_f")
-    torch.testing.assert_close(unembedded(model, d), (d*norm.weight) @ model.hf.get_output_embeddings().weight.T)
-
-
 def test_what_a_feature_announces():
     mass = torch.tensor([[2., 6, 9], [8, 6, 1]])
     assert [(r["feature"], r["next token"]) for r in announced(mass, torch.tensor([200, 200, 5]))] == [(0, 1), (1, 0)]

@@ -11,6 +11,7 @@ from sparse_coding.activations import load_store
 from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError
 from sparse_coding.corpora import load_rows
 from sparse_coding.dictionaries import TiedSAE
+from sparse_coding.effects import final_norm
 from sparse_coding.fragments import FragmentStore
 from sparse_coding.models import LAYOUTS, load_model
 from sparse_coding.trees import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
@@ -250,7 +251,7 @@ def test_effects_are_the_causes_seen_from_the_other_end(llama):
 
 def test_unembedding_is_a_matrix_product_after_the_norms_gain(chain):
     model, f = chain.model, chain.saes[4].W_dec[:5]
-    norm, W_U = trees.final_norm(model), model.hf.get_output_embeddings().weight
+    norm, W_U = final_norm(model), model.hf.get_output_embeddings().weight
     centred = f - f.mean(1, keepdim=True) if model.hf.config.model_type != "llama" else f
     torch.testing.assert_close(trees.unembedded(model, f), torch.einsum("nd,d,vd->nv", centred, norm.weight, W_U), atol=1e-4, rtol=1e-4)
     with torch.inference_mode():
