@@ -8,7 +8,7 @@ __all__ = ['token_mass', 'next_tokens', 'token_group', 'candidates', 'explained'
            'judge_polysemantic', 'judge_others', 'judge_context', 'judge_outlier', 'own_purity', 'plot_purities',
            'judge_typical']
 
-# %% ../nbs/14_case_studies.ipynb #804a4b77
+# %% ../nbs/14_case_studies.ipynb #3ba0c5b7
 import re
 from collections.abc import Callable, Iterable
 
@@ -26,13 +26,14 @@ from .models import LanguageModel
 from .plots import COLORS
 from .toy import readable
 
-# %% ../nbs/14_case_studies.ipynb #f40dc701
+# %% ../nbs/14_case_studies.ipynb #aed88e84
 @torch.inference_mode()
 def token_mass(
     sae:Dictionary, # of any kind
     store:FragmentStore, # text with activations
     site:Site, # where the dictionary reads
     ids:Int[np.ndarray, "fragments seq"]=None, # another label for every token, such as the token after it; -1 for places that do not count
+    above:Float[Tensor, "d_sae"]=None, # count only activations above this, per feature
 ) -> Float[Tensor, "vocab d_sae"]: # units of the activations; negative codes count as 0
     "Summed activation of every feature by token."
     ids = torch.from_numpy(np.array(store.tokens if ids is None else ids, np.int64)).flatten()
@@ -42,7 +43,8 @@ def token_mass(
     with fast_matmul():
         for a in range(0, store.n, step):
             b = min(a + step, store.n)
-            mass.index_add_(0, at[a:b], sae.encode(store.read(site, a, b)).clamp(min=0)*keep[a:b, None])
+            c = sae.encode(store.read(site, a, b)).clamp(min=0)*keep[a:b, None]
+            mass.index_add_(0, at[a:b], c if above is None else c*(c > above))
     return torch.zeros(int(labels.max()) + 1, sae.d_sae).index_copy_(0, labels, mass)
 
 def next_tokens(
@@ -51,7 +53,7 @@ def next_tokens(
     "What follows every token."
     return np.hstack([np.asarray(tokens)[:, 1:], np.full((len(tokens), 1), -1)])
 
-# %% ../nbs/14_case_studies.ipynb #d8744ec4
+# %% ../nbs/14_case_studies.ipynb #2aa1368c
 def token_group(
     model:LanguageModel, # whose vocabulary
     pattern:str, # a regular expression for the whole text of a token
@@ -68,16 +70,17 @@ def candidates(
     mass:Float[Tensor, "vocab d_sae"], # from `token_mass`
     ids:list[int], # the group
     n:int=8, # how many
+    at_least:float=.02, # share of the group's activation
 ) -> list[dict]: # feature, purity and share, the purest first
     "Features that are about a group of tokens; raises if no feature fires on any of them."
     ids = [i for i in ids if i < len(mass)]
     if not mass[ids].any(): raise SparseCodingError("No feature fires on this group: is a space before the word part of the token (' ?word')?")
     inside, whole = mass[ids].sum(0), mass.sum(0)
     purity, share = inside/whole.clamp(min=1e-9), inside/inside.sum().clamp(min=1e-9)
-    purity[share < .02] = 0.
+    purity[share < at_least] = 0.
     return [{"feature": j, "purity": float(purity[j]), "share": float(share[j])} for j in purity.argsort(descending=True)[:n].tolist() if purity[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #c45ff551
+# %% ../nbs/14_case_studies.ipynb #edd7e7e1
 def explained(
     features:Iterable[int], # of a dictionary
     found:Evidence, # of the same
@@ -96,7 +99,7 @@ def with_words(
     words = explained([r["feature"] for r in table], found, model)
     return [r | {"fires on": int(found.fires[r["feature"]]), "strongest tokens": w} for r,w in zip(table, words)]
 
-# %% ../nbs/14_case_studies.ipynb #3f376fcc
+# %% ../nbs/14_case_studies.ipynb #75333f60
 @torch.inference_mode()
 def active_on(
     model:LanguageModel, # under study
@@ -111,7 +114,7 @@ def active_on(
     c = sae.check(model, site).encode(model.run_to(model.tokenize(prompt), site)[site][0, -1]).cpu()
     return [{"feature": j, "activation": float(c[j])} for j in torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist() if c[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #f2216054
+# %% ../nbs/14_case_studies.ipynb #707e0fd9
 def about(
     explanations:dict[int, str], # by feature
     text:str, # a regular expression
@@ -121,7 +124,7 @@ def about(
     hits = [j for j,words in explanations.items() if re.search(text, words)]
     return [{"feature": j, "explanation": explanations[j]} for j in hits[:n]]
 
-# %% ../nbs/14_case_studies.ipynb #4410cd3a
+# %% ../nbs/14_case_studies.ipynb #1e569c1f
 def ranges(
     acts:Float[np.ndarray, "n"], # of one feature
     parts:int=10, # of equal width, from 0 to the maximum
@@ -151,7 +154,7 @@ def plot_tokens(
     ax.set(xlim=(0, 10), ylim=(0, 1), xticks=range(0, 11, 2), xticklabels=[f"{edge*k:.2g}" for k in range(0, 11, 2)], xlabel="activation", ylabel="share of tokens")
     ax.legend(fontsize=7, handlelength=1, bbox_to_anchor=(1, 1.02), loc="upper left")
 
-# %% ../nbs/14_case_studies.ipynb #2df5167f
+# %% ../nbs/14_case_studies.ipynb #21a8baf1
 def share_ci(
     part:Float[np.ndarray, "fragments"], # sums per fragment
     whole:Float[np.ndarray, "fragments"], # likewise; never less than the part
@@ -180,7 +183,7 @@ def recall(
     "Share of a group's tokens on which a feature fires."
     return share_ci(((acts > 0) & inside).sum(1), inside.sum(1))
 
-# %% ../nbs/14_case_studies.ipynb #6d2768a1
+# %% ../nbs/14_case_studies.ipynb #95ba194b
 @rule("P1-fig4l")
 def judge_input(rec):
     "In the upper half of its range the feature's purity is above .9, by its interval, and over the whole range above .5; partly if one of the two."
@@ -193,7 +196,7 @@ def judge_not_all(rec):
     missed = rec["recall"][1] < .9
     return "holds" if missed and rec["others"] > 0 else "partly" if missed else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #5145fefe
+# %% ../nbs/14_case_studies.ipynb #1a957457
 def overlap(
     acts:Float[np.ndarray, "fragments seq features"], # of several features
     inside:Bool[np.ndarray, "fragments seq"], # the group
@@ -202,14 +205,14 @@ def overlap(
     fires = (acts[inside] > 0).astype(float)
     with np.errstate(invalid="ignore"): return fires.T @ fires/fires.sum(0)[:, None]
 
-# %% ../nbs/14_case_studies.ipynb #4c978bd0
+# %% ../nbs/14_case_studies.ipynb #fa16974c
 @rule("P1-poly")
 def judge_polysemantic(rec):
     "The best side of any coordinate is less pure than the feature, intervals apart, and below .5; partly if only one of the two."
     apart = rec["side"][1] < rec["feature_purity"][0], rec["side"][1] < .5
     return "holds" if all(apart) else "partly" if any(apart) else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #cdf46a7c
+# %% ../nbs/14_case_studies.ipynb #0af36bf0
 @rule("P1-others")
 def judge_others(rec):
     "For periods, ' the' and line ends there is a feature of purity above .5, by its interval; partly for some."
@@ -221,13 +224,13 @@ def judge_context(rec):
     "The same for 'if' in code and for 'dis'."
     return judge_others(rec)
 
-# %% ../nbs/14_case_studies.ipynb #0b075878
+# %% ../nbs/14_case_studies.ipynb #123a897d
 @rule("P1-outlier")
 def judge_outlier(rec):
     "Some coordinate carries ten times the median energy, and some live feature has over half of its squared weight in such; partly if only the first."
     return "holds" if rec["coordinates"] and rec["features"] else "partly" if rec["coordinates"] else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #7c8aead1
+# %% ../nbs/14_case_studies.ipynb #13f45e74
 def own_purity(
     chosen:Float[Tensor, "vocab d_sae"], # mass on one half of the text
     judged:Float[Tensor, "vocab d_sae"], # mass on the other
@@ -239,7 +242,7 @@ def own_purity(
     pure = judged[:n].gather(0, top).sum(0)/judged.sum(0)
     return torch.where((judged.sum(0) > 0) & (chosen.sum(0) > 0), pure, torch.nan)
 
-# %% ../nbs/14_case_studies.ipynb #18e9a990
+# %% ../nbs/14_case_studies.ipynb #cd17566a
 def plot_purities(
     ax:plt.Axes, # to be filled
     purities:dict[str, Float[np.ndarray, "n"]], # by decomposition; keys of COLORS
@@ -248,13 +251,13 @@ def plot_purities(
 ):
     "How pure features are: the share of them with at least a given purity."
     for key,v in purities.items(): ax.plot(np.sort(v)[::-1], np.arange(1, len(v) + 1)/len(v), color=COLORS[key], label=labels[key])
-    for k,(name,value) in enumerate(sorted(picked.items(), key=lambda kv: kv[1])):
+    for k,(name,value) in enumerate(sorted((kv for kv in picked.items() if kv[1] >= 0), key=lambda kv: kv[1])):
         ax.plot([value]*2, [0, .04], color=COLORS["ink"], lw=1)
-        ax.text(value, .06 + .075*(k % 4), name, ha="center", fontsize=6.5)
+        ax.text(value, .06 + .075*(k % 6), name, ha="right" if value > .7 else "center", fontsize=6.5)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="purity on a feature's own five tokens", ylabel="share of features at least as pure")
     ax.legend()
 
-# %% ../nbs/14_case_studies.ipynb #82f87d52
+# %% ../nbs/14_case_studies.ipynb #b2d9da80
 @rule("P1-typical")
 def judge_typical(rec):
     "The median live feature's purity is above that of random directions and of coordinates, intervals apart, and above .5; partly if only the first."

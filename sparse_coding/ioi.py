@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'NAMES', 'PLACES', 'OBJECTS', 'THRESHOLDS', 'Pairs', 'ioi_pairs', 'gate', 'Patching', 'attribution',
-           'midpoints', 'Curve', 'ranked', 'acdc_plainly', 'visits', 'try_path', 'sweep_once', 'start_search', 'acdc',
-           'estimate_acdc', 'greedily']
+           'midpoints', 'Curve', 'ranked', 'acdc_plainly', 'visits', 'doubt', 'try_path', 'sweep_once', 'start_search',
+           'acdc', 'estimate_acdc', 'greedily']
 
-# %% ../nbs/13_ioi.ipynb #b757834e
+# %% ../nbs/13_ioi.ipynb #c6fe51b8
 import copy, time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ from .dictionaries import Dictionary
 from .models import LanguageModel
 from .plots import COLORS
 
-# %% ../nbs/13_ioi.ipynb #b2668f23
+# %% ../nbs/13_ioi.ipynb #527bb74d
 TEMPLATES = (
     "Then {A} and {B} found the {place}, and {S} gave a {object} to", "On Monday {A} met {B} near the {place}, and {S} showed a {object} to",
     "While {A} and {B} waited at the {place}, {S} offered a {object} to", "After {A} and {B} left the {place}, {S} returned the {object} to",
@@ -47,7 +47,7 @@ NAMES = ("Alice", "Anna", "Bob", "Carl", "Charles", "Daniel", "David", "Diana", 
 PLACES = ("school", "station", "market", "library", "office", "garden", "museum", "hospital", "hotel", "shop")
 OBJECTS = ("book", "ring", "ticket", "letter", "lamp", "map", "basket", "phone", "key", "picture")
 
-# %% ../nbs/13_ioi.ipynb #03dfe520
+# %% ../nbs/13_ioi.ipynb #3324edcd
 @dataclass(frozen=True)
 class Pairs:
     "Sentences that differ in one name, without their last word."
@@ -63,7 +63,7 @@ class Pairs:
     @property
     def differ(self): return (self.base != self.target).cumsum(1) > 0  # from the changed name on
 
-# %% ../nbs/13_ioi.ipynb #ebc9ed23
+# %% ../nbs/13_ioi.ipynb #bfe3be75
 def _draw(model, rng, names, templates):
     "One pair as token ids, with its three names and its order."
     (io, s, new), order = rng.choice(names, 3, replace=False), ("ABBA", "BABA")[rng.integers(2)]
@@ -74,7 +74,7 @@ def _draw(model, rng, names, templates):
     k = rng.integers(len(templates))
     return ids(io), ids(new), *(model.tokenize(" " + n)[0, 0].cpu() for n in (io, new, s)), order
 
-# %% ../nbs/13_ioi.ipynb #21330e17
+# %% ../nbs/13_ioi.ipynb #ba9143db
 def ioi_pairs(
     model:LanguageModel, # its tokenizer decides which names can be used
     n:int=50, # pairs
@@ -94,7 +94,7 @@ def ioi_pairs(
     if len(chosen) < n: raise SparseCodingError(f"Only {len(chosen)} of {n} pairs could be made of these names and templates: give more of them.")
     return Pairs(*(torch.stack(t) for t in list(zip(*chosen))[:5]), tuple(d[-1] for d in chosen))
 
-# %% ../nbs/13_ioi.ipynb #cd3d5853
+# %% ../nbs/13_ioi.ipynb #40f21662
 @torch.inference_mode()
 def gate(
     model:LanguageModel, # under study
@@ -111,7 +111,7 @@ def gate(
                      "accuracy": float((right > wrong)[here].float().mean()), "the likeliest token": float((z.argmax(-1) == pairs.io)[here].float().mean())})
     return rows
 
-# %% ../nbs/13_ioi.ipynb #7298ce5d
+# %% ../nbs/13_ioi.ipynb #ac364fdd
 @dataclass
 class _Packed:
     "Positions of several sentences in one row."
@@ -130,7 +130,7 @@ def _packed(module, q, k, v, mask, scaling=None, packed=None, **kwargs):
 
 AttentionInterface.register("packed", _packed)
 
-# %% ../nbs/13_ioi.ipynb #37059161
+# %% ../nbs/13_ioi.ipynb #0f5713c0
 @contextmanager
 def _attention(hf, name):
     "Another implementation of attention, for a while."
@@ -158,7 +158,7 @@ def run_packed(self:LanguageModel,
         out = self.above(layer, x)(inputs_embeds=x, position_ids=packed.fresh.nonzero()[None, :, 1], use_cache=False, packed=packed).last_hidden_state[0]
         return self.hf.get_output_embeddings()(out[packed.fresh.sum(1).cumsum(0) - 1]), packed.keys
 
-# %% ../nbs/13_ioi.ipynb #cefeabb9
+# %% ../nbs/13_ioi.ipynb #bc3f6fab
 class Patching:
     "Two runs of the model over pairs of sentences, and everything in between; raises for a dictionary of another model or site."
     def __init__(self,
@@ -184,7 +184,7 @@ class Patching:
     def run(self, x): return self.model.run_packed(self.layer, x, *_number(self.see, torch.zeros(len(x)), 0), {})    # from nothing
     def __repr__(self): return f"{len(self.pairs)} pairs at layer {self.layer}: {len(self.live):,} of {self.sae.d_sae:,} features differ between base and target"
 
-# %% ../nbs/13_ioi.ipynb #f2d469dc
+# %% ../nbs/13_ioi.ipynb #cc0be257
 @patch
 def edit(self:Patching,
     features:list[int], # F
@@ -202,7 +202,7 @@ def logits(self:Patching,
     start = torch.minimum(self.pairs.differ[rows].int().argmax(1), edit.ne(0).any(-1).int().argmax(1).cpu())
     return self.model.run_packed(self.layer, self.x[rows] + edit, *_number(self.see[rows], start, self.see.numel()), self.keys)[0]
 
-# %% ../nbs/13_ioi.ipynb #e37245d9
+# %% ../nbs/13_ioi.ipynb #b3bd9230
 @patch
 def kl(self:Patching,
     edit:Float[Tensor, "rows seq d"], # as from `edit`
@@ -227,7 +227,7 @@ def magnitude(self:Patching,
     "Mean length of the edit over all positions of a sentence."
     return edit.norm(dim=-1).mean(1).double().cpu()
 
-# %% ../nbs/13_ioi.ipynb #9cf01b0a
+# %% ../nbs/13_ioi.ipynb #b1c1426a
 def attribution(
     case:Patching, # pairs, layer and dictionary
     at:Iterable[float]=(0.,), # shares of the whole edit at which gradients are taken: 0 for attribution patching
@@ -240,7 +240,7 @@ def attribution(
         found = found + ((g @ case.f.T)*case.delta).sum((0, 1)).cpu()/len(at)
     return found
 
-# %% ../nbs/13_ioi.ipynb #b2095a40
+# %% ../nbs/13_ioi.ipynb #1d722e25
 def midpoints(
     n:int=8, # steps
 ) -> tuple[float]:
@@ -267,7 +267,7 @@ def ranked(
     kl, size = (np.array([f(e).numpy() for e in edits]) for f in (case.kl, case.magnitude))
     return Curve(np.array(counts), kl, size, list(order))
 
-# %% ../nbs/13_ioi.ipynb #101903cd
+# %% ../nbs/13_ioi.ipynb #7c4cd33d
 def acdc_plainly(
     kl:Callable, # of a list of features, patched together
     features:list[int], # to begin with
@@ -293,7 +293,14 @@ def visits(
     "The order in which a sweep visits features; it depends on nothing but these."
     return np.random.default_rng((seed, k)).permutation(sorted(kept)).tolist()
 
-# %% ../nbs/13_ioi.ipynb #cbcb0901
+# %% ../nbs/13_ioi.ipynb #1fe911b5
+def doubt(
+    state:dict, # as `sweep_once` has it
+    margin:float, # between what is believed and the threshold
+) -> float: # before it is corrected by how often such doubts came true
+    "How likely a decision is to be predicted wrong."
+    return .5*np.exp(-abs(margin)/max(state["error"], 1e-12))
+
 @torch.inference_mode()
 def try_path(
     case:Patching, # pairs, layer and dictionary
@@ -309,18 +316,18 @@ def try_path(
         hit = case.hits[:, j].nonzero()[:, 0]
         path.append((j, hit, edit[hit] - case.delta[hit][..., j, None]*case.f[j], *_number(see[hit], case.start[hit, j], n)))
         if rise[j] < tau: edit[hit], see[hit] = path[-1][2:4]
-        n, sure = n + int(path[-1][4].sum()), sure*(1 - .5*np.exp(-abs(rise[j] - tau)/max(state["error"], 1e-12)))
+        n, sure = n + int(path[-1][4].sum()), sure*(1 - min(1., doubt(state, rise[j] - tau)*state["wrong"]/state["doubted"]))
         if sure < .5 or n >= positions + case.see.numel(): break
     _, hits, edits, sees, fresh = (torch.cat(step) if k else step for k,step in enumerate(zip(*path)))
     logits, keys = case.model.run_packed(case.layer, case.x[hits] + edits, sees, fresh, state["keys"])
     found = case.divergence(logits, hits).split([len(hit) for _,hit,*_ in path])
     return [(*step[:4], kl) for step,kl in zip(path, found)], keys
 
-# %% ../nbs/13_ioi.ipynb #7d9adcc2
+# %% ../nbs/13_ioi.ipynb #135946ad
 @torch.inference_mode()
 def sweep_once(
     case:Patching, # pairs, layer and dictionary
-    state:dict, # kept features, edit, kl per pair, keys and values by layer, mean error of what was believed; changed in place
+    state:dict, # kept features, edit, kl per pair, keys and values by layer, how wrong beliefs were; changed in place
     todo:list[int], # features in the order of their visits
     tau:float, # threshold
     rise:dict[int, float], # what dropping each is believed to cost, replaced by what it costs
@@ -334,10 +341,11 @@ def sweep_once(
         seen = case.see.clone()
         for j,hit,edit,see,kl in path:
             believed, rise[j] = rise[j], float((kl - state["kl"][hit]).sum())/len(case.pairs)
-            state["error"] += .1*(abs(rise[j] - believed) - state["error"])
+            drop, news = rise[j] < tau, dict(error=abs(rise[j] - believed), wrong=(rise[j] < tau) != (believed < tau), doubted=doubt(state, believed - tau))
+            for k,v in news.items(): state[k] += .1*(v - state[k])
             if bar is not None: bar.update(1)
             todo = todo[1:]
-            if (drop := rise[j] < tau):
+            if drop:
                 state["edit"][hit], state["kl"][hit], seen[hit] = edit, kl, see
                 state["kept"].remove(j)
                 dropped.append((j, state["kl"].clone(), case.magnitude(state["edit"])))
@@ -345,7 +353,7 @@ def sweep_once(
         state["keys"] = {layer: [t[seen.flatten()] for t in kv] for layer,kv in keys.items()}
     return dropped
 
-# %% ../nbs/13_ioi.ipynb #67bb31fc
+# %% ../nbs/13_ioi.ipynb #57617d64
 @torch.inference_mode()
 def start_search(
     case:Patching, # pairs, layer and dictionary
@@ -354,9 +362,9 @@ def start_search(
     "The state of a search before its first visit."
     edit = case.edit(kept)
     logits, keys = case.run(case.x + edit)
-    return dict(kept=list(kept), edit=edit, kl=case.divergence(logits), keys=keys, error=0.)
+    return dict(kept=list(kept), edit=edit, kl=case.divergence(logits), keys=keys, error=0., wrong=.1, doubted=.1)
 
-# %% ../nbs/13_ioi.ipynb #c8ff1c8f
+# %% ../nbs/13_ioi.ipynb #939f204c
 THRESHOLDS = tuple(np.logspace(-5, 0, 10))
 
 def acdc(
@@ -382,7 +390,7 @@ def acdc(
     kl, size = (np.array([s[i].numpy() for s in steps[::-1]]) for i in (1, 2))
     return Curve(np.arange(len(steps)), kl, size, [j for j,*_ in steps[:0:-1]])
 
-# %% ../nbs/13_ioi.ipynb #b09f2ff1
+# %% ../nbs/13_ioi.ipynb #5a25413f
 def _write_steps(file, steps, k):
     "Finished sweeps, whole or not at all."
     part = file.with_suffix(".tmp")
@@ -394,7 +402,7 @@ def _read_steps(file):
     s = load_file(file)
     return list(zip(s["features"].tolist(), s["kl"], s["edit"])), int(s["done"])
 
-# %% ../nbs/13_ioi.ipynb #ae9cd1ff
+# %% ../nbs/13_ioi.ipynb #d78baf9b
 @torch.inference_mode()
 def estimate_acdc(
     case:Patching, # pairs, layer and dictionary
@@ -408,7 +416,7 @@ def estimate_acdc(
     n = visits*int((case.see.shape[1] - case.start[:, case.live]).sum())
     return {"visits": round(visits*len(case.live)), "positions": round(n), "seconds": round(n*each, 1)}
 
-# %% ../nbs/13_ioi.ipynb #5434d292
+# %% ../nbs/13_ioi.ipynb #cbe2407d
 def greedily(
     kl:Callable, # of a list of features, patched together
     features:list[int], # to choose from

@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'decomposition', 'searched', 'strongest', 'by_gradient', 'o
            'plot_curve', 'plot_fig3', 'judge_fig3_left', 'judge_fig3_right', 'judge_alpha_0', 'floors', 'judge_floor',
            'needed', 'plot_needed', 'plot_fig17', 'judge_fig17']
 
-# %% ../nbs/13_localise.ipynb #0abc3a7d
+# %% ../nbs/13_localise.ipynb #08fee10a
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .models import LanguageModel
 from .plots import COLORS, plain_log
 from .training import dictionary
 
-# %% ../nbs/13_localise.ipynb #28c2686b
+# %% ../nbs/13_localise.ipynb #3beacbbf
 def decomposition(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -55,7 +55,7 @@ def searched(
     how = dict(thresholds=[float(tau) for tau in thresholds], seed=seed)
     return _kept("acdc", case, how, lambda folder: acdc(case, thresholds, seed, folder), (acdc,))
 
-# %% ../nbs/13_localise.ipynb #23cb6b21
+# %% ../nbs/13_localise.ipynb #f637bdf8
 def strongest(
     case:Patching, # pairs, layer and dictionary
     n:int|None, # features; all that differ if None
@@ -74,7 +74,7 @@ def by_gradient(
         return ranked(case, order, np.unique(np.geomspace(1, len(order), points).round().astype(int)).tolist())
     return _kept("ranking", case, dict(at=[float(t) for t in at], points=points), compute, (attribution, ranked))
 
-# %% ../nbs/13_localise.ipynb #67ed3e92
+# %% ../nbs/13_localise.ipynb #49e87d46
 def on_grid(
     c:Curve, # with pairs to average over
     grid:Float[np.ndarray, "points"], # of counts or magnitudes
@@ -94,7 +94,7 @@ def shared_grid(
     if over == "count": return np.geomspace(1, min(c.count.max() for c in curves), points)
     return np.linspace(0, min(c.edit.mean(1).max() for c in curves), points)
 
-# %% ../nbs/13_localise.ipynb #716aa0eb
+# %% ../nbs/13_localise.ipynb #9dd08770
 def area_between(
     ours:list[Curve], # one per visiting order
     theirs:list[Curve], # likewise, of the same pairs of sentences
@@ -108,7 +108,7 @@ def area_between(
     gap = [mean(theirs, r) - mean(ours, r) for r in rows]
     return float(gap[0]), tuple(float(q) for q in np.quantile(gap[1:], (.025, .975)))
 
-# %% ../nbs/13_localise.ipynb #9c85dfbb
+# %% ../nbs/13_localise.ipynb #03fbb13a
 STYLES = {"PCA": ("pca", "-"), "alpha 0": ("ink", "--"), "PCA, two ends": ("pca", ":"), "ICA": ("ica", "-"), "neuron basis": ("basis", "-"), "random directions": ("random", "-")}
 
 def plot_curve(
@@ -125,7 +125,7 @@ def plot_curve(
     ax.plot(grid, lines.mean(0), line, color=color, label=label, lw=1.6)
     ax.fill_between(grid, lines.min(0), lines.max(0), color=color, alpha=.2, lw=0)
 
-# %% ../nbs/13_localise.ipynb #a4f81a41
+# %% ../nbs/13_localise.ipynb #d9ce3b29
 def plot_fig3(
     found:dict[str, list[Curve]], # by decomposition
 ) -> plt.Figure:
@@ -143,7 +143,7 @@ def plot_fig3(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
-# %% ../nbs/13_localise.ipynb #dabc737d
+# %% ../nbs/13_localise.ipynb #e55dc2df
 @rule("P1-fig3l")
 def judge_fig3_left(rec):
     "PCA minus SAE over log counts: interval above 0 at the working alpha; partly if so at another alpha only."
@@ -161,7 +161,7 @@ def judge_alpha_0(rec):
     not_above = [low <= 0 for low,_ in rec["intervals"].values()]
     return "holds" if all(not_above) else "partly" if any(not_above) else "does not hold"
 
-# %% ../nbs/13_localise.ipynb #e7341763
+# %% ../nbs/13_localise.ipynb #be37b745
 @torch.inference_mode()
 def floors(
     case:Patching, # pairs, layer and dictionary
@@ -176,7 +176,7 @@ def judge_floor(rec):
     steps, whole = rec["steps"], rec["whole"]
     return "holds" if all(low > 0 for low,_ in steps) else "partly" if whole[0] > 0 else "does not hold"
 
-# %% ../nbs/13_localise.ipynb #82ab7436
+# %% ../nbs/13_localise.ipynb #66217030
 def needed(
     c:Curve, # divergence by count
     share:float=.5, # of the divergence with nothing patched that is to be left
@@ -190,7 +190,7 @@ def needed(
     (a, b), (x, y) = (kl[i-1], kl[i]), np.log(np.maximum(c.count[i-1:i+1], .5))
     return float(np.exp(x + (y - x)*(a - share*start)/(a - b)))
 
-# %% ../nbs/13_localise.ipynb #7d9fea5e
+# %% ../nbs/13_localise.ipynb #da3a5e67
 def plot_needed(
     ax:plt.Axes, # to be filled
     every:dict[float, dict[float, Curve]], # by ratio and alpha
@@ -209,7 +209,7 @@ def plot_needed(
     ax.set(xscale="log", yscale="log", xlabel="active features per token, $L_0$", ylabel=f"features patched until {1 - share:.0%} is closed")
     for axis in "xy": plain_log(ax, axis)
 
-# %% ../nbs/13_localise.ipynb #0e7d8534
+# %% ../nbs/13_localise.ipynb #a7c49515
 def plot_fig17(
     by_layer:dict[int, dict[str, Curve]], # curves by layer and decomposition
 ) -> plt.Figure:
