@@ -8,7 +8,7 @@ __all__ = ['token_mass', 'next_tokens', 'token_group', 'candidates', 'explained'
            'judge_polysemantic', 'judge_others', 'judge_context', 'judge_outlier', 'own_purity', 'plot_purities',
            'judge_typical']
 
-# %% ../nbs/14_case_studies.ipynb #3ba0c5b7
+# %% ../nbs/14_case_studies.ipynb #afad1041
 import re
 from collections.abc import Callable, Iterable
 
@@ -26,7 +26,7 @@ from .models import LanguageModel
 from .plots import COLORS
 from .toy import readable
 
-# %% ../nbs/14_case_studies.ipynb #aed88e84
+# %% ../nbs/14_case_studies.ipynb #340dcc0c
 @torch.inference_mode()
 def token_mass(
     sae:Dictionary, # of any kind
@@ -53,7 +53,7 @@ def next_tokens(
     "What follows every token."
     return np.hstack([np.asarray(tokens)[:, 1:], np.full((len(tokens), 1), -1)])
 
-# %% ../nbs/14_case_studies.ipynb #2aa1368c
+# %% ../nbs/14_case_studies.ipynb #d9dcdef3
 def token_group(
     model:LanguageModel, # whose vocabulary
     pattern:str, # a regular expression for the whole text of a token
@@ -80,7 +80,7 @@ def candidates(
     purity[share < at_least] = 0.
     return [{"feature": j, "purity": float(purity[j]), "share": float(share[j])} for j in purity.argsort(descending=True)[:n].tolist() if purity[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #edd7e7e1
+# %% ../nbs/14_case_studies.ipynb #e1a2c719
 def explained(
     features:Iterable[int], # of a dictionary
     found:Evidence, # of the same
@@ -99,7 +99,7 @@ def with_words(
     words = explained([r["feature"] for r in table], found, model)
     return [r | {"fires on": int(found.fires[r["feature"]]), "strongest tokens": w} for r,w in zip(table, words)]
 
-# %% ../nbs/14_case_studies.ipynb #75333f60
+# %% ../nbs/14_case_studies.ipynb #d321a322
 @torch.inference_mode()
 def active_on(
     model:LanguageModel, # under study
@@ -114,7 +114,7 @@ def active_on(
     c = sae.check(model, site).encode(model.run_to(model.tokenize(prompt), site)[site][0, -1]).cpu()
     return [{"feature": j, "activation": float(c[j])} for j in torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist() if c[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #707e0fd9
+# %% ../nbs/14_case_studies.ipynb #74f1d51c
 def about(
     explanations:dict[int, str], # by feature
     text:str, # a regular expression
@@ -124,7 +124,7 @@ def about(
     hits = [j for j,words in explanations.items() if re.search(text, words)]
     return [{"feature": j, "explanation": explanations[j]} for j in hits[:n]]
 
-# %% ../nbs/14_case_studies.ipynb #1e569c1f
+# %% ../nbs/14_case_studies.ipynb #14f59758
 def ranges(
     acts:Float[np.ndarray, "n"], # of one feature
     parts:int=10, # of equal width, from 0 to the maximum
@@ -154,7 +154,7 @@ def plot_tokens(
     ax.set(xlim=(0, 10), ylim=(0, 1), xticks=range(0, 11, 2), xticklabels=[f"{edge*k:.2g}" for k in range(0, 11, 2)], xlabel="activation", ylabel="share of tokens")
     ax.legend(fontsize=7, handlelength=1, bbox_to_anchor=(1, 1.02), loc="upper left")
 
-# %% ../nbs/14_case_studies.ipynb #21a8baf1
+# %% ../nbs/14_case_studies.ipynb #766c731b
 def share_ci(
     part:Float[np.ndarray, "fragments"], # sums per fragment
     whole:Float[np.ndarray, "fragments"], # likewise; never less than the part
@@ -183,7 +183,7 @@ def recall(
     "Share of a group's tokens on which a feature fires."
     return share_ci(((acts > 0) & inside).sum(1), inside.sum(1))
 
-# %% ../nbs/14_case_studies.ipynb #95ba194b
+# %% ../nbs/14_case_studies.ipynb #3eeb9ac6
 @rule("P1-fig4l")
 def judge_input(rec):
     "In the upper half of its range the feature's purity is above .9, by its interval, and over the whole range above .5; partly if one of the two."
@@ -196,7 +196,7 @@ def judge_not_all(rec):
     missed = rec["recall"][1] < .9
     return "holds" if missed and rec["others"] > 0 else "partly" if missed else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #1a957457
+# %% ../nbs/14_case_studies.ipynb #25cf4d71
 def overlap(
     acts:Float[np.ndarray, "fragments seq features"], # of several features
     inside:Bool[np.ndarray, "fragments seq"], # the group
@@ -205,14 +205,14 @@ def overlap(
     fires = (acts[inside] > 0).astype(float)
     with np.errstate(invalid="ignore"): return fires.T @ fires/fires.sum(0)[:, None]
 
-# %% ../nbs/14_case_studies.ipynb #fa16974c
+# %% ../nbs/14_case_studies.ipynb #070eacc3
 @rule("P1-poly")
 def judge_polysemantic(rec):
     "The best side of any coordinate is less pure than the feature, intervals apart, and below .5; partly if only one of the two."
     apart = rec["side"][1] < rec["feature_purity"][0], rec["side"][1] < .5
     return "holds" if all(apart) else "partly" if any(apart) else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #0af36bf0
+# %% ../nbs/14_case_studies.ipynb #9acc0e03
 @rule("P1-others")
 def judge_others(rec):
     "For periods, ' the' and line ends there is a feature of purity above .5, by its interval; partly for some."
@@ -224,13 +224,13 @@ def judge_context(rec):
     "The same for 'if' in code and for 'dis'."
     return judge_others(rec)
 
-# %% ../nbs/14_case_studies.ipynb #123a897d
+# %% ../nbs/14_case_studies.ipynb #55966032
 @rule("P1-outlier")
 def judge_outlier(rec):
     "Some coordinate carries ten times the median energy, and some live feature has over half of its squared weight in such; partly if only the first."
     return "holds" if rec["coordinates"] and rec["features"] else "partly" if rec["coordinates"] else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #13f45e74
+# %% ../nbs/14_case_studies.ipynb #150c1052
 def own_purity(
     chosen:Float[Tensor, "vocab d_sae"], # mass on one half of the text
     judged:Float[Tensor, "vocab d_sae"], # mass on the other
@@ -242,7 +242,7 @@ def own_purity(
     pure = judged[:n].gather(0, top).sum(0)/judged.sum(0)
     return torch.where((judged.sum(0) > 0) & (chosen.sum(0) > 0), pure, torch.nan)
 
-# %% ../nbs/14_case_studies.ipynb #cd17566a
+# %% ../nbs/14_case_studies.ipynb #1eb18131
 def plot_purities(
     ax:plt.Axes, # to be filled
     purities:dict[str, Float[np.ndarray, "n"]], # by decomposition; keys of COLORS
@@ -257,7 +257,7 @@ def plot_purities(
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="purity on a feature's own five tokens", ylabel="share of features at least as pure")
     ax.legend()
 
-# %% ../nbs/14_case_studies.ipynb #b2d9da80
+# %% ../nbs/14_case_studies.ipynb #ab0509bb
 @rule("P1-typical")
 def judge_typical(rec):
     "The median live feature's purity is above that of random directions and of coordinates, intervals apart, and above .5; partly if only the first."

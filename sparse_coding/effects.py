@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ablate', 'announced', 'Effect', 'effect', 'plot_effect', 'judge_effect', 'final_norm', 'unembedded', 'steered']
 
-# %% ../nbs/14_effects.ipynb #caa3a027
+# %% ../nbs/14_effects.ipynb #9c618e9d
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from .models import LanguageModel
 from .plots import COLORS
 from .toy import readable
 
-# %% ../nbs/14_effects.ipynb #bd9649c1
+# %% ../nbs/14_effects.ipynb #88a378e4
 def ablate(
     sae:Dictionary, # whose features
     x:Float[Tensor, "*b d_in"], # activations at its site
@@ -35,7 +35,7 @@ def ablate(
     if keep is not None: c = c*keep[..., None]
     return x - c @ sae.W_dec[features]
 
-# %% ../nbs/14_effects.ipynb #371ea213
+# %% ../nbs/14_effects.ipynb #34383e1e
 def announced(
     mass_next:Float[Tensor, "vocab d_sae"], # from `token_mass` with `next_tokens` as labels
     fires:Int[Tensor, "d_sae"], # on how many tokens
@@ -47,7 +47,7 @@ def announced(
     best = torch.where(fires >= at_least, share, -1.).argsort(descending=True)[:n].tolist()
     return [{"feature": j, "next token": int(token[j]), "share": float(share[j])} for j in best if fires[j] >= at_least]
 
-# %% ../nbs/14_effects.ipynb #43e75083
+# %% ../nbs/14_effects.ipynb #6b3dd5bc
 @dataclass
 class Effect:
     "What taking out a feature does, where it is active."
@@ -55,7 +55,7 @@ class Effect:
     drop: Float[np.ndarray, "n"] # nats: its log-probability with the feature minus without
     logits: Float[Tensor, "vocab"] # logits with the feature minus without, mean over places
 
-# %% ../nbs/14_effects.ipynb #0317f500
+# %% ../nbs/14_effects.ipynb #fd35b307
 @torch.inference_mode()
 def effect(
     model:LanguageModel, # under study
@@ -86,7 +86,7 @@ def _effect(model, sae, site, feature, tokens, keep):
     p, q = (v.log_softmax(-1).gather(1, following[:, None])[:, 0] for v in z)
     return following.cpu(), (p - q).double().cpu(), (z[0] - z[1]).sum(0, keepdim=True).cpu()
 
-# %% ../nbs/14_effects.ipynb #aaa630bb
+# %% ../nbs/14_effects.ipynb #8f53bb2d
 def plot_effect(
     axes:list[plt.Axes], # two
     what:Effect, # of a feature
@@ -104,14 +104,14 @@ def plot_effect(
     axes[1].set(xlabel="loss of logit, mean over places", title="all tokens")
     for ax in axes: ax.grid(axis="y", visible=False)
 
-# %% ../nbs/14_effects.ipynb #6b3bc39c
+# %% ../nbs/14_effects.ipynb #c379ff84
 @rule("P1-fig4r")
 def judge_effect(rec):
     "The true next token loses log-probability on average, by the interval, and no token's logit falls more than that of the token the feature announces; partly if one of the two."
     ok = rec["ci95"][0] > 0, rec["rank"] == 1
     return "holds" if all(ok) else "partly" if any(ok) else "does not hold"
 
-# %% ../nbs/14_effects.ipynb #c5da8d5e
+# %% ../nbs/14_effects.ipynb #1efa181d
 def final_norm(
     model:LanguageModel, # of one of the three architectures
 ) -> torch.nn.Module:
@@ -130,7 +130,7 @@ def unembedded(
     if isinstance(norm, torch.nn.LayerNorm): f = f - f.mean(-1, keepdim=True)
     with fast_matmul(model.device): return (f*norm.weight @ model.hf.get_output_embeddings().weight.T).cpu()
 
-# %% ../nbs/14_effects.ipynb #2b64bbb5
+# %% ../nbs/14_effects.ipynb #fb7c1787
 @torch.inference_mode()
 def steered(
     model:LanguageModel, # under study

@@ -7,7 +7,7 @@ __all__ = ['Chain', 'chain_of', 'Contexts', 'draw_contexts', 'ablate_each', 'gra
            'strongest', 'peers', 'edges', 'agreement', 'plot_agreement', 'grow', 'parents_in', 'words', 'places',
            'plot_tree', 'judge_tree', 'share_of', 'judge_unembed', 'effects', 'through_mlp', 'judge_failed']
 
-# %% ../nbs/14_trees.ipynb #f58d9b2a
+# %% ../nbs/14_trees.ipynb #97308b66
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -33,7 +33,7 @@ from .models import LanguageModel, _Enough
 from .plots import COLORS
 from .training import dictionary
 
-# %% ../nbs/14_trees.ipynb #c83c8d76
+# %% ../nbs/14_trees.ipynb #0ed68c91
 class Chain:
     "Dictionaries of several layers of the residual stream, and the text they are looked at in; raises for a dictionary of another model or site."
     def __init__(self,
@@ -55,7 +55,7 @@ class Chain:
     def acts(self, layer, features): return feature_acts(self.saes[layer], self.store, Site(layer), features)[:, :self.tokens.shape[1]].numpy()
     def lower(self, layer): return next((l for l in self.layers[::-1] if l < layer), None)
 
-# %% ../nbs/14_trees.ipynb #3469f596
+# %% ../nbs/14_trees.ipynb #a6258241
 def chain_of(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -65,7 +65,7 @@ def chain_of(
     layers = sorted(p.layers, reverse=True)
     return Chain(model, {l: dictionary(p, model, Recipe(Site(l), p.ratio, p.alpha, seed=p.seed + i % 2)) for i,l in enumerate(layers)}, store)
 
-# %% ../nbs/14_trees.ipynb #392f3774
+# %% ../nbs/14_trees.ipynb #0be81744
 @dataclass(frozen=True)
 class Contexts:
     "Where a feature is to be explained."
@@ -74,7 +74,7 @@ class Contexts:
 
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/14_trees.ipynb #c9f6ce4a
+# %% ../nbs/14_trees.ipynb #909832a6
 def draw_contexts(
     acts:Float[np.ndarray, "fragments seq"], # of the target
     n:int=20, # contexts, at most
@@ -95,7 +95,7 @@ def draw_contexts(
     if len(chosen) < 2: raise SparseCodingError(f"This feature has {len(chosen)} contexts in the fragments: choose one that fires more often.")
     return Contexts(*np.array(np.unravel_index(chosen, acts.shape)))
 
-# %% ../nbs/14_trees.ipynb #d06f2fb6
+# %% ../nbs/14_trees.ipynb #866e0414
 def _keys_only(module, q, k, v, mask, packed=None, **kwargs):
     "Packed attention that ends the run at one layer, as soon as the keys and values there are known."
     if module.layer_idx != packed.stop: return _packed(module, q, k, v, mask, packed=packed, **kwargs)
@@ -105,7 +105,7 @@ def _keys_only(module, q, k, v, mask, packed=None, **kwargs):
 
 AttentionInterface.register("keys_only", _keys_only)
 
-# %% ../nbs/14_trees.ipynb #b7bed67f
+# %% ../nbs/14_trees.ipynb #f5fb1e00
 def _run(model, layer, x, packed, attention, site):
     "Packed positions through the blocks above a layer until something ends the run; what has last come out at a site."
     seen, at = [x], packed.fresh.nonzero()[None, :, 1]
@@ -116,7 +116,7 @@ def _run(model, layer, x, packed, attention, site):
         model.above(layer, x)(inputs_embeds=x, position_ids=at, use_cache=False, packed=packed)
     return seen[0]
 
-# %% ../nbs/14_trees.ipynb #6e6e2816
+# %% ../nbs/14_trees.ipynb #dc280b48
 @patch
 def run_between(self:LanguageModel,
     lower:int, # the layer whose output is given
@@ -134,7 +134,7 @@ def run_between(self:LanguageModel,
     ending = _Packed(*(t.to(x.device) for t in _number(packed.see.cpu(), last, len(packed.keys[upper][0]))), packed.keys, {})
     return _run(self, upper - 1, out[ends][None], ending, "packed", Site(upper))[0], packed.keys
 
-# %% ../nbs/14_trees.ipynb #6ddb96e2
+# %% ../nbs/14_trees.ipynb #fbc970b5
 @torch.inference_mode()
 def ablate_each(
     model:LanguageModel, # under study
@@ -155,7 +155,7 @@ def ablate_each(
         parts.append(model.run_between(lower, upper, x - c.T[j][..., None]*f[j][:, None], *_number(see.expand(len(j), -1), first, len(x)), known)[0])
     return whole[0], live.tolist(), torch.cat(parts)
 
-# %% ../nbs/14_trees.ipynb #4b13cd9f
+# %% ../nbs/14_trees.ipynb #580015bd
 def gradients(
     model:LanguageModel, # under study
     lower:int, # the layer of x
@@ -172,7 +172,7 @@ def gradients(
         with suppress(_Enough), model._hooks({Site(upper): keep}): model.above(lower, x)(inputs_embeds=x, use_cache=False)
         return torch.autograd.grad(read(seen[0]).sum(), x)[0]
 
-# %% ../nbs/14_trees.ipynb #e27068e9
+# %% ../nbs/14_trees.ipynb #651af914
 @dataclass(frozen=True)
 class Causes:
     "What the features of the layer below do to a target, context by context."
@@ -185,7 +185,7 @@ class Causes:
     @property
     def weight(self) -> Float[np.ndarray, "d_sae"]: return self.drop.mean(0)
 
-# %% ../nbs/14_trees.ipynb #e6b036e1
+# %% ../nbs/14_trees.ipynb #20a5fa93
 def _two(chain, lower, layer):
     "The dictionaries of two layers, if they are in this order."
     if lower is None or lower not in chain.on or layer not in chain.on or lower >= layer:
@@ -199,7 +199,7 @@ def _streams(chain, layers, contexts):
     with fast_matmul(chain.model.device): found = chain.model.run_to(tokens, [Site(l) for l in layers])
     return [found[Site(l)] for l in layers]
 
-# %% ../nbs/14_trees.ipynb #242eaa8e
+# %% ../nbs/14_trees.ipynb #c46e1528
 @torch.no_grad()
 def find_causes(
     chain:Chain, # of dictionaries
@@ -220,7 +220,7 @@ def find_causes(
         drop[k, live] = (1 - read(without)/a[k]).cpu()
     return Causes(contexts, *(v.cpu().contiguous().numpy() for v in (a, drop, gradient, c.sum(1))))
 
-# %% ../nbs/14_trees.ipynb #21148e1a
+# %% ../nbs/14_trees.ipynb #d388185b
 def causes(
     chain:Chain, # of dictionaries
     layer:int, # of the target
@@ -240,7 +240,7 @@ def causes(
     found = load_file(load_or_compute("causes", config, compute, code=(find_causes, draw_contexts, gradients))/"causes.safetensors")
     return Causes(Contexts(found.pop("ids"), found.pop("at")), **found)
 
-# %% ../nbs/14_trees.ipynb #c2e56f50
+# %% ../nbs/14_trees.ipynb #d9ad3a2e
 def strongest(
     found:Causes, # of one target
     n:int=3, # how many
@@ -251,7 +251,7 @@ def strongest(
     weight = found.drop[rows].mean(0)
     return [j for j in np.argsort(-weight, kind="stable")[:n].tolist() if weight[j] >= least]
 
-# %% ../nbs/14_trees.ipynb #75678446
+# %% ../nbs/14_trees.ipynb #69567fe4
 def peers(
     activity:Float[np.ndarray, "d_sae"], # of every feature, 0 for those that are never active
     j:int, # one of them
@@ -262,7 +262,7 @@ def peers(
     others = np.setdiff1d(np.flatnonzero(activity > 0), [j])
     return others[np.argsort(np.abs(size[others] - size[j]), kind="stable")[:n]]
 
-# %% ../nbs/14_trees.ipynb #910dcf42
+# %% ../nbs/14_trees.ipynb #c4fe5187
 def edges(
     found:Causes, # of one target
     picked:Iterable[int], # features below
@@ -276,7 +276,7 @@ def edges(
         out.append({"feature": j, "weight": mean, "low": low, "high": high, "null": null, "above": low > max(null, 0.)})
     return out
 
-# %% ../nbs/14_trees.ipynb #9c26b5e4
+# %% ../nbs/14_trees.ipynb #903b1df1
 def agreement(
     found:Causes, # of one target
     least:float=.01, # weight that makes a cause
@@ -288,7 +288,7 @@ def agreement(
     shared = len({*np.argsort(-exact)[:3]} & {*np.argsort(-fast)[:3]})
     return {"active": int(active.sum()), "rank correlation": rho(active), "causes": int(big.sum()), "among causes": rho(big), "of the three strongest": shared}
 
-# %% ../nbs/14_trees.ipynb #e513c0dd
+# %% ../nbs/14_trees.ipynb #c9780083
 def plot_agreement(
     found:dict[str, Causes], # by title
     least:float=.01, # weight that makes a cause
@@ -310,7 +310,7 @@ def plot_agreement(
     axes[0, 0].legend()
     return fig
 
-# %% ../nbs/14_trees.ipynb #41edc6d4
+# %% ../nbs/14_trees.ipynb #5da295dc
 def grow(
     root:tuple[int, int], # layer and feature
     parents:Callable, # of layer and feature: edges as dicts with (layer, feature) at "cause" and a number at "weight", the strongest first
@@ -330,7 +330,7 @@ def grow(
         todo = [node for node in dict.fromkeys(below) if node not in done]
     return found
 
-# %% ../nbs/14_trees.ipynb #39ef051b
+# %% ../nbs/14_trees.ipynb #e0002e00
 def parents_in(
     chain:Chain, # of dictionaries
     width:int=3, # parents per feature
@@ -344,7 +344,7 @@ def parents_in(
         return [e | {"cause": (lower, e["feature"]), "cosine": float(cosine[e["feature"]]), "held": held} for e in edges(found, strongest(found, width))]
     return parents
 
-# %% ../nbs/14_trees.ipynb #0b5e57c0
+# %% ../nbs/14_trees.ipynb #d0ca867a
 def words(
     chain:Chain, # of dictionaries
     nodes:Iterable[tuple[int, int]], # layers and features
@@ -360,7 +360,7 @@ def words(
             out[layer, j] = "  ".join([*dict.fromkeys(printable(t).strip(" ") or "␣" for t in texts)][:length])
     return out
 
-# %% ../nbs/14_trees.ipynb #03eb969b
+# %% ../nbs/14_trees.ipynb #dce35f85
 def places(
     root:tuple[int, int], # layer and feature
     tree:list[dict], # its edges, from `grow`
@@ -379,7 +379,7 @@ def _short(text, width):
     while len(text) > width and "  " in text: text = text.rpartition("  ")[0]
     return text[:width]
 
-# %% ../nbs/14_trees.ipynb #e61051a1
+# %% ../nbs/14_trees.ipynb #3fa5591b
 def plot_tree(
     root:tuple[int, int], # layer and feature
     tree:list[dict], # from `grow`, with "weight" and "cosine"; "above" tells which are above their null
@@ -407,14 +407,14 @@ def plot_tree(
     ax.axis("off")
     return fig
 
-# %% ../nbs/14_trees.ipynb #129a460b
+# %% ../nbs/14_trees.ipynb #21f98bb8
 @rule("P1-tree")
 def judge_tree(rec):
     "With the root in the model's last layer, nine in ten edges chosen in half of the contexts lie above the null in the other half, by their intervals; partly for half of them, or for a root elsewhere."
     share = np.mean(rec["above"]) if rec["above"] else 0.
     return "holds" if share >= .9 and rec["last"] else "partly" if share >= .5 else "does not hold"
 
-# %% ../nbs/14_trees.ipynb #cb24a8ca
+# %% ../nbs/14_trees.ipynb #fa6cc2e6
 def share_of(
     logits:Float[Tensor, "n vocab"], # from `unembedded`
     ids:list[int], # a group of tokens
@@ -423,14 +423,14 @@ def share_of(
     "How much of the top k belongs to a group."
     return torch.isin(logits.topk(k).indices, torch.tensor(ids)).float().mean(1).numpy()
 
-# %% ../nbs/14_trees.ipynb #8aafe61a
+# %% ../nbs/14_trees.ipynb #1dcbfb3a
 @rule("P1-unembed")
 def judge_unembed(rec):
     "At least eight of the feature's ten highest tokens are closing parentheses, and at most one live feature in a hundred has as many; partly for the second alone, with at least one."
     rare = rec["as_many"] <= .01*rec["n"] and rec["own"] > 0
     return "holds" if rare and rec["own"] >= .8 else "partly" if rare else "does not hold"
 
-# %% ../nbs/14_trees.ipynb #32af9457
+# %% ../nbs/14_trees.ipynb #d5321aab
 @torch.inference_mode()
 def effects(
     chain:Chain, # of dictionaries
@@ -452,7 +452,7 @@ def effects(
         out.append({"feature": k, "lost": float(lost[:, k].mean()), "share lost": share, "low": low, "high": high, "contexts": int((c[:, k] > 0).sum()), "cosine": float(cosine[k])})
     return out
 
-# %% ../nbs/14_trees.ipynb #05242726
+# %% ../nbs/14_trees.ipynb #95fae486
 @torch.inference_mode()
 def through_mlp(
     model:LanguageModel, # under study
@@ -465,7 +465,7 @@ def through_mlp(
     with fast_matmul(model.device): out = block.mlp(norm(f.to(model.device)[None]*f.shape[1]**.5))[0]
     return unit_rows(out).cpu()
 
-# %% ../nbs/14_trees.ipynb #6b150d3b
+# %% ../nbs/14_trees.ipynb #68c775fe
 @rule("P1-failed")
 def judge_failed(rec):
     "The largest cosines are on average less than .05 above chance, by the interval, and at most one in ten is above chance's 99th percentile; partly if one of the two."
