@@ -105,3 +105,5 @@ def test_records_keep_each_other_and_verdicts_follow(tmp_path, monkeypatch):
     assert {"id", "paper", "section", "figure", "claim", "paper_value", "rule", "measured", "ci95", "n", "seed", "preset", "model",
             "verdict", "seconds", "commit"} <= set(rows["P1-recover"])
     assert {r["verdict"] for r in rows.values()} == {"not comparable", "partly", "not measured"}
+    record("P1-fig3l", {}, working="SAE")                                       # as an older version may have written it
+    with pytest.raises(SparseCodingError, match="P1-fig3l has no 'intervals'"): report(tmp_path/"claims.json")
