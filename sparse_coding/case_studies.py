@@ -8,9 +8,9 @@ __all__ = ['token_mass', 'next_tokens', 'token_group', 'candidates', 'explained'
            'judge_polysemantic', 'judge_others', 'judge_context', 'judge_outlier', 'own_purity', 'plot_purities',
            'judge_typical']
 
-# %% ../nbs/14_case_studies.ipynb #afad1041
+# %% ../nbs/14_case_studies.ipynb #e00222f1
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +26,7 @@ from .models import LanguageModel
 from .plots import COLORS
 from .toy import readable
 
-# %% ../nbs/14_case_studies.ipynb #340dcc0c
+# %% ../nbs/14_case_studies.ipynb #0634d044
 @torch.inference_mode()
 def token_mass(
     sae:Dictionary, # of any kind
@@ -53,7 +53,7 @@ def next_tokens(
     "What follows every token."
     return np.hstack([np.asarray(tokens)[:, 1:], np.full((len(tokens), 1), -1)])
 
-# %% ../nbs/14_case_studies.ipynb #d9dcdef3
+# %% ../nbs/14_case_studies.ipynb #3ea0826c
 def token_group(
     model:LanguageModel, # whose vocabulary
     pattern:str, # a regular expression for the whole text of a token
@@ -80,7 +80,7 @@ def candidates(
     purity[share < at_least] = 0.
     return [{"feature": j, "purity": float(purity[j]), "share": float(share[j])} for j in purity.argsort(descending=True)[:n].tolist() if purity[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #e1a2c719
+# %% ../nbs/14_case_studies.ipynb #4839fb83
 def explained(
     features:Iterable[int], # of a dictionary
     found:Evidence, # of the same
@@ -99,7 +99,7 @@ def with_words(
     words = explained([r["feature"] for r in table], found, model)
     return [r | {"fires on": int(found.fires[r["feature"]]), "strongest tokens": w} for r,w in zip(table, words)]
 
-# %% ../nbs/14_case_studies.ipynb #d321a322
+# %% ../nbs/14_case_studies.ipynb #cf21934a
 @torch.inference_mode()
 def active_on(
     model:LanguageModel, # under study
@@ -114,7 +114,7 @@ def active_on(
     c = sae.check(model, site).encode(model.run_to(model.tokenize(prompt), site)[site][0, -1]).cpu()
     return [{"feature": j, "activation": float(c[j])} for j in torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist() if c[j] > 0]
 
-# %% ../nbs/14_case_studies.ipynb #74f1d51c
+# %% ../nbs/14_case_studies.ipynb #96bda2f8
 def about(
     explanations:dict[int, str], # by feature
     text:str, # a regular expression
@@ -124,13 +124,21 @@ def about(
     hits = [j for j,words in explanations.items() if re.search(text, words)]
     return [{"feature": j, "explanation": explanations[j]} for j in hits[:n]]
 
-# %% ../nbs/14_case_studies.ipynb #14f59758
+# %% ../nbs/14_case_studies.ipynb #0baf8863
 def ranges(
     acts:Float[np.ndarray, "n"], # of one feature
     parts:int=10, # of equal width, from 0 to the maximum
 ) -> Int[np.ndarray, "n"]: # -1 where it does not fire
     "In which range of activation every token lies."
     return np.where(acts > 0, np.minimum(np.ceil(acts*parts/max(acts.max(), 1e-9)), parts) - 1, -1).astype(int)
+
+# %% ../nbs/14_case_studies.ipynb #653f9431
+def _brief(count): return f"{count:,}" if count < 1000 else f"{count/1000:.3g}k"
+
+def _legible(text):
+    "A token's text for a legend: runs of blanks as their number; matplotlib leaves out labels that begin with an underscore."
+    text = re.sub("␣{3,}", lambda m: f"␣×{len(m[0])}", readable(text))
+    return "\u200a" + text if text.startswith("_") else text
 
 def plot_tokens(
     ax:plt.Axes, # to be filled
@@ -147,14 +155,14 @@ def plot_tokens(
     colors = [*(COLORS[k] for k in ("sae", "target", "ica", "pca", "basis", "other")[:n]), "#dddddd"]
     for token,color in zip(names, colors):
         mine = np.bincount(at[(at >= 0) & (tokens == token)], minlength=10)/total if token is not None else (np.bincount(at[at >= 0], minlength=10) > 0) - bottom
-        ax.bar(np.arange(10) + .5, mine, .9, bottom, color=color, label="all others" if token is None else readable(model.str_tokens([token])[0]))
+        ax.bar(np.arange(10) + .5, mine, .9, bottom, color=color, label="all others" if token is None else _legible(model.str_tokens([token])[0]))
         bottom = bottom + mine
-    for k,count in enumerate(np.bincount(at[at >= 0], minlength=10)): ax.text(k + .5, 1.02, f"{count:,}", ha="center", fontsize=6)
+    for k,count in enumerate(np.bincount(at[at >= 0], minlength=10)): ax.text(k + .5, 1.02, _brief(count), ha="center", fontsize=6)
     edge = np.max(acts)/10
     ax.set(xlim=(0, 10), ylim=(0, 1), xticks=range(0, 11, 2), xticklabels=[f"{edge*k:.2g}" for k in range(0, 11, 2)], xlabel="activation", ylabel="share of tokens")
     ax.legend(fontsize=7, handlelength=1, bbox_to_anchor=(1, 1.02), loc="upper left")
 
-# %% ../nbs/14_case_studies.ipynb #766c731b
+# %% ../nbs/14_case_studies.ipynb #be85b487
 def share_ci(
     part:Float[np.ndarray, "fragments"], # sums per fragment
     whole:Float[np.ndarray, "fragments"], # likewise; never less than the part
@@ -183,7 +191,7 @@ def recall(
     "Share of a group's tokens on which a feature fires."
     return share_ci(((acts > 0) & inside).sum(1), inside.sum(1))
 
-# %% ../nbs/14_case_studies.ipynb #3eeb9ac6
+# %% ../nbs/14_case_studies.ipynb #aed2b7be
 @rule("P1-fig4l")
 def judge_input(rec):
     "In the upper half of its range the feature's purity is above .9, by its interval, and over the whole range above .5; partly if one of the two."
@@ -196,7 +204,7 @@ def judge_not_all(rec):
     missed = rec["recall"][1] < .9
     return "holds" if missed and rec["others"] > 0 else "partly" if missed else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #25cf4d71
+# %% ../nbs/14_case_studies.ipynb #86f6ffc9
 def overlap(
     acts:Float[np.ndarray, "fragments seq features"], # of several features
     inside:Bool[np.ndarray, "fragments seq"], # the group
@@ -205,14 +213,14 @@ def overlap(
     fires = (acts[inside] > 0).astype(float)
     with np.errstate(invalid="ignore"): return fires.T @ fires/fires.sum(0)[:, None]
 
-# %% ../nbs/14_case_studies.ipynb #070eacc3
+# %% ../nbs/14_case_studies.ipynb #936a6bad
 @rule("P1-poly")
 def judge_polysemantic(rec):
     "The best side of any coordinate is less pure than the feature, intervals apart, and below .5; partly if only one of the two."
     apart = rec["side"][1] < rec["feature_purity"][0], rec["side"][1] < .5
     return "holds" if all(apart) else "partly" if any(apart) else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #9acc0e03
+# %% ../nbs/14_case_studies.ipynb #bce7a2dd
 @rule("P1-others")
 def judge_others(rec):
     "For periods, ' the' and line ends there is a feature of purity above .5, by its interval; partly for some."
@@ -224,13 +232,13 @@ def judge_context(rec):
     "The same for 'if' in code and for 'dis'."
     return judge_others(rec)
 
-# %% ../nbs/14_case_studies.ipynb #55966032
+# %% ../nbs/14_case_studies.ipynb #3012cada
 @rule("P1-outlier")
 def judge_outlier(rec):
     "Some coordinate carries ten times the median energy, and some live feature has over half of its squared weight in such; partly if only the first."
     return "holds" if rec["coordinates"] and rec["features"] else "partly" if rec["coordinates"] else "does not hold"
 
-# %% ../nbs/14_case_studies.ipynb #150c1052
+# %% ../nbs/14_case_studies.ipynb #7c796b32
 def own_purity(
     chosen:Float[Tensor, "vocab d_sae"], # mass on one half of the text
     judged:Float[Tensor, "vocab d_sae"], # mass on the other
@@ -242,22 +250,23 @@ def own_purity(
     pure = judged[:n].gather(0, top).sum(0)/judged.sum(0)
     return torch.where((judged.sum(0) > 0) & (chosen.sum(0) > 0), pure, torch.nan)
 
-# %% ../nbs/14_case_studies.ipynb #1eb18131
+# %% ../nbs/14_case_studies.ipynb #3cdef2ce
 def plot_purities(
     ax:plt.Axes, # to be filled
     purities:dict[str, Float[np.ndarray, "n"]], # by decomposition; keys of COLORS
     labels:dict[str, str], # for the legend
-    picked:dict[str, float], # purity of features that were shown
+    picked:dict[str, float], # purity of features that were shown, by a number or a short name
 ):
     "How pure features are: the share of them with at least a given purity."
     for key,v in purities.items(): ax.plot(np.sort(v)[::-1], np.arange(1, len(v) + 1)/len(v), color=COLORS[key], label=labels[key])
     for k,(name,value) in enumerate(sorted((kv for kv in picked.items() if kv[1] >= 0), key=lambda kv: kv[1])):
-        ax.plot([value]*2, [0, .04], color=COLORS["ink"], lw=1)
-        ax.text(value, .06 + .075*(k % 6), name, ha="right" if value > .7 else "center", fontsize=6.5)
+        top = .06 + .07*(k % 4)
+        ax.plot([value]*2, [0, top], color=COLORS["ink"], lw=.8)
+        ax.text(value, top, name, ha="center", va="bottom", fontsize=7, bbox=dict(fc="white", ec="none", alpha=.8, pad=.6))
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="purity on a feature's own five tokens", ylabel="share of features at least as pure")
     ax.legend()
 
-# %% ../nbs/14_case_studies.ipynb #ab0509bb
+# %% ../nbs/14_case_studies.ipynb #cd3866a6
 @rule("P1-typical")
 def judge_typical(rec):
     "The median live feature's purity is above that of random directions and of coordinates, intervals apart, and above .5; partly if only the first."

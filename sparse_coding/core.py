@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SITE_KINDS', 'PRESETS', 'WHEELS', 'TOY_CLAIMS', 'TRAINING_CLAIMS', 'VARIANTS_CLAIMS', 'FEATURES_CLAIMS',
            'FIDELITY_CLAIMS', 'AUTOINTERP_CLAIMS', 'AUTOINTERP_APPENDIX_CLAIMS', 'IOI_CLAIMS', 'CASE_STUDY_CLAIMS',
-           'EFFECT_CLAIMS', 'CIRCUIT_CLAIMS', 'DISCUSSION_CLAIMS', 'ATTENTION_SAE_CLAIMS', 'ATTENTION_HEAD_CLAIMS',
-           'ATTENTION_IOI_CLAIMS', 'CLAIMS', 'RULES', 'COLUMNS', 'SparseCodingError', 'Site', 'Source', 'Preset',
-           'preset', 'check_preset', 'Recipe', 'sweep', 'mlp_grid', 'study', 'study_sites', 'set_seed', 'device',
-           'set_threads', 'threads', 'matmul_precision', 'probe_matmul', 'best_matmul', 'fast_matmul',
-           'keep_freed_memory', 'cache_dir', 'write_json', 'read_json', 'sha256', 'pip_download', 'fetch', 'read_wheel',
-           'wheel_members', 'code_hash', 'load_or_compute', 'repository', 'commit', 'provenance', 'mean_ci', 'Claim',
-           'rule', 'ledger_path', 'record', 'verdict', 'report']
+           'EFFECT_CLAIMS', 'CIRCUIT_CLAIMS', 'DISCUSSION_CLAIMS', 'ATTENTION_SAE_CLAIMS', 'RECURSIVE_CLAIMS',
+           'FAMILY_CLAIMS', 'HEAD_CLAIMS', 'PREFIX_CLAIMS', 'ATTENTION_IOI_CLAIMS', 'CLAIMS', 'RULES', 'COLUMNS',
+           'SparseCodingError', 'Site', 'Source', 'Preset', 'preset', 'check_preset', 'Recipe', 'sweep', 'mlp_grid',
+           'study', 'study_sites', 'set_seed', 'device', 'set_threads', 'threads', 'matmul_precision', 'probe_matmul',
+           'best_matmul', 'fast_matmul', 'keep_freed_memory', 'cache_dir', 'write_json', 'read_json', 'sha256',
+           'pip_download', 'fetch', 'read_wheel', 'wheel_members', 'code_hash', 'load_or_compute', 'repository',
+           'commit', 'provenance', 'mean_ci', 'Claim', 'rule', 'ledger_path', 'record', 'verdict', 'report']
 
 # %% ../nbs/00_core.ipynb #017422fa
 import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, sys, textwrap, time, zipfile
@@ -89,7 +89,7 @@ class Preset(Source):
     layer: int = 9 # layer of the figures that show one layer
     layers: tuple = (8, 9) # residual-stream layers that get dictionaries
     mlp_layers: tuple = (0, 9) # MLP layers that get dictionaries; the first gets the grid of Fig 6
-    attn_layers: tuple = (9,) # attention layers that get dictionaries
+    attn_layers: tuple = (17, 18) # attention layers that get dictionaries
     ratios: tuple = (1., 2.) # R of the sweep: d_sae = R * d_in
     alphas: tuple = (.02, .035, .06, .12) # of the sweep
     alpha_unit: str = "paper" # "paper": eq. (4), E|x|^2 = 1; "code": error averaged over d, x unscaled
@@ -99,6 +99,11 @@ class Preset(Source):
     mlp_alphas: tuple = (.015, .03, .06, .1) # of the MLP grid
     mlp_ratio: float = .25 # R of the MLP dictionaries that later sections use
     mlp_alpha: float = .06 # and their alpha
+    attn_tokens: int = 65_536 # training tokens harvested at the attention layers
+    attn_row_len: int = 128 # tokens per row there, the first of them the beginning of text
+    attn_ratio: float = 4. # R of the attention dictionaries
+    attn_k: int|None = 16 # active features of each, by TopK; with an L1 penalty if None
+    attn_alpha: float = .06 # the penalty
     n_seeds: int = 2 # seeds with which tied and untied dictionaries are compared
     steps: int = 200 # optimiser steps
     mlp_steps: int = 60 # optimiser steps at an MLP, which is wider
@@ -122,7 +127,7 @@ def site(self:Preset) -> Site:
 PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, n_fragments=4096, layers=(3, 9, 15, 28, 29),
-        mlp_layers=(0, 9, 28), attn_layers=(3, 9, 15, 22), ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1.,
+        mlp_layers=(0, 9, 28), attn_layers=(3, 9, 14, 17, 18, 23), attn_tokens=393_216, ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1.,
         n_seeds=3, steps=1500, mlp_steps=200),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
         corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, n_fragments=50_000, drop_first=False, max_norm=None,
@@ -195,7 +200,7 @@ def mlp_grid(
 def study(
     p:Preset, # gives layers, ratios, alphas and seeds
 ) -> dict[str, list[Recipe]]: # by group, each recipe once
-    "Every dictionary that some figure of the two papers needs at this preset."
+    "Every dictionary that some figure of the first paper needs at this preset."
     seeds, mlps = range(p.seed, p.seed + p.n_seeds), [Site(l, "mlp_post") for l in p.mlp_layers]
     groups = {"sweep": sweep(p), "no penalty": [Recipe(p.site, r, 0., seed=p.seed) for r in p.ratios if r <= 4],
               "ties": [Recipe(p.site, 1., a, t, seed=s) for s in seeds for t in (True, False) for a in p.alphas]}
@@ -204,16 +209,15 @@ def study(
     groups |= {"MLP grid": mlp_grid(p)}
     groups |= {f"MLP {s.layer}": [Recipe(s, p.mlp_ratio, p.mlp_alpha, False, seed=p.seed),
                                   *(Recipe(s, max(p.mlp_ratios), a, seed=p.seed) for a in (p.mlp_alpha, 0.))] for s in mlps}
-    groups |= {f"attention {l}": [Recipe(Site(l, "attn_z"), p.ratio, p.alpha, False, "project", seed=p.seed)] for l in p.attn_layers}
     first = {r: name for name,group in reversed(groups.items()) for r in group}
     return {name: group for name in groups if (group := [r for r in dict.fromkeys(groups[name]) if first[r] == name])}
 
 # %% ../nbs/00_core.ipynb #74aa08e1
 def study_sites(
     p:Preset, # whose study
-) -> list[Site]: # without the attention sites, which belong to the second paper
+) -> list[Site]: # each once
     "The residual and MLP sites of the study, harvested together."
-    return [s for s in dict.fromkeys(g[0].site for g in study(p).values()) if s.kind != "attn_z"]
+    return list(dict.fromkeys(g[0].site for g in study(p).values()))
 
 @patch
 def steps_at(self:Preset, site:Site) -> int:
@@ -740,16 +744,16 @@ DISCUSSION_CLAIMS = (
 ATTENTION_SAE_CLAIMS = (
     Claim("P2-tab1", "sec. 3", "L0 3-21, CE recovered 76-99%",
           "SAEs on hook_z: sparse and faithful at every layer",
-          "Shown: L0 and loss recovered per trained layer, beside the published ones."),
+          "At every trained layer whose zero ablation costs .02 nats or more: loss recovered above .76 by its interval, at L0 of 21 "
+          "or less; partly at half of them or more."),
     Claim("P2-interp", "abstract", "60-97% of live features by hand",
           "Attention features are interpretable",
-          "Lexicon / detection score of attention features against z-neurons and random directions."),
-    Claim("P2-families", "sec. 3", "5% induction (GELU-2L)",
-          "Long-range context, short-range context, induction families (and more in GPT-2)",
-          "Rule-based counts with permuted null."),
-    Claim("P2-board", "3.3, Fig 2", "histograms",
-          "An induction feature is specific and sensitive",
-          "Specificity, sensitivity, causal and counterfactual tests."),
+          "Lexicon score of live features above those of z-neurons and of random directions, by the intervals of the differences, at "
+          "every trained layer; partly at some."),
+    Claim("P2-attr", "4.1", "never tested",
+          "Weight-based attribution stands for what heads contribute",
+          "Mean over live features of the correlation, across heads, with the share of absolute DFA above .7 by its interval, and the "
+          "same first head for more than half of them; partly if one."),
     Claim("P2-models", "abstract", "GPT-2 Small, GELU-2L, Gemma-2B",
           "Several model families, up to 2B",
           "Shown: the paper preset names all three with their settings; the embedded model is the fourth."),
@@ -758,43 +762,68 @@ ATTENTION_SAE_CLAIMS = (
           "Shown: ours save, load and are documented."),
 )
 
+# %% ../nbs/00_core.ipynb #c0d53113
+RECURSIVE_CLAIMS = (
+    Claim("P2-rdfa", "sec. 2, tool", "concept only",
+          "Recursive DFA traces features through frozen attention",
+          "The contributions add up to the activation within 1%, and with all but the graph's nodes at their means the feature keeps more "
+          "of its activation than with as many random nodes, by the interval, and more than half; partly if it adds up and keeps more."),
+)
+
 # %% ../nbs/00_core.ipynb #62966b5d
-ATTENTION_HEAD_CLAIMS = (
+FAMILY_CLAIMS = (
+    Claim("P2-families", "sec. 3", "5% induction (GELU-2L)",
+          "Long-range context, short-range context, induction families (and more in GPT-2)",
+          "Each of the three more often than with sources permuted, by the intervals; partly for one or two."),
+    Claim("P2-board", "3.3, Fig 2", "histograms",
+          "An induction feature is specific and sensitive",
+          "Precision of the proxy above .8 in the upper half of the range and recall above .5, both by their intervals; ablation costs "
+          "the induced token more than random features of equal activity; silent in more than half of the counterfactuals. Partly for "
+          "two or three of the four."),
+)
+
+# %% ../nbs/00_core.ipynb #1a056309
+HEAD_CLAIMS = (
     Claim("P2-heads", "4.1", "39 of 144 new groupings",
           "Top features by head attribution tell what a head does; more abstract up to two thirds of depth",
-          "Families and token clusters per head by depth."),
-    Claim("P2-attr", "4.1", "never tested",
-          "Weight-based attribution stands for what heads contribute",
-          "Correlation with mean absolute DFA share, top-1 agreement."),
+          "Top features of one head share their family more often than under permuted heads, by the interval, and lexicon scores are "
+          "lower (features less tied to tokens) at the trained layer nearest two thirds of depth than at the first; partly if one."),
     Claim("P2-poly", "abstract, 4.1", "130 of 144",
           "At least 90% of heads are polysemantic",
-          "Share with two or more unrelated families among top-10, null, top-50 check; all heads of the trained "
-          "layers, n printed."),
+          "Share of the trained layers' heads with two or more unrelated families or token clusters among their top ten live features "
+          "of at least .9, and among their top 50; partly above .5."),
+)
+
+# %% ../nbs/00_core.ipynb #815172e4
+PREFIX_CLAIMS = (
     Claim("P2-hyp", "abstract, 4.2", "5.1 against 5.5",
           "SAE features of two induction heads suggest long against short prefix",
-          "Contrast of prefix lengths that their top features need."),
+          "Prefix lengths at which the heads' top features fire: longer for the long-prefix head by the interval of the difference."),
     Claim("P2-prefix", "4.2, Figs 4, 19", "<0.3 to >0.7; 0.55 -> 0.05",
           "Long-prefix heads need more matching tokens; shown on real text and by direct logit attribution",
-          "By prefix length, all heads, with bands."),
+          "From one matching token to the best length the score of the long-prefix head more than doubles, by its interval, and that of the "
+          "short-prefix head does not; shortening the prefix in real text costs the first a larger share of its attention, by the "
+          "intervals; its direct logit attribution more than doubles too, by its interval. Partly for one or two of the three."),
 )
 
 # %% ../nbs/00_core.ipynb #2b868675
 ATTENTION_IOI_CLAIMS = (
     Claim("P2-ioigate", "4.3", "appendix",
           "The SAEs are faithful on IOI",
-          "Logit difference and accuracy with reconstructions spliced in."),
+          "With the reconstruction spliced in at each trained layer by itself, four fifths of the logit difference and all but .05 of the "
+          "accuracy are kept; partly at half of the layers or more."),
     Claim("P2-ioipos", "4.3, Fig 16", "features at S2",
           "Three features carry the position of the duplicate",
-          "Per-feature effect at S2 by template, error term."),
+          "At the layer that matters most at S2, the three features with the largest effects have more than half of what the whole "
+          "reconstruction has, and each differs between the templates by its interval; partly if one."),
     Claim("P2-and", "4.3, Fig 5", "93% against 43%",
           "What matters is before or after 'and'",
-          "Noising, several conjunctions, frequency-matched."),
+          "Recovery with other names and filler above that with every other conjunction, intervals apart; partly if above that with "
+          "the paper's ' alongside'."),
     Claim("P2-qk", "4.3, Fig 15", "8 pairs, 62%",
           "Few feature pairs explain a name mover's attention score",
-          "Variance explained by the top pairs."),
-    Claim("P2-rdfa", "sec. 2, tool", "concept only",
-          "Recursive DFA traces features through frozen attention",
-          "Completeness and faithfulness."),
+          "Eight pairs of features explain more than half of the variance of the score over prompts, by the interval; partly if more "
+          "than a quarter."),
 )
 
 # %% ../nbs/00_core.ipynb #95598081
@@ -803,7 +832,7 @@ CLAIMS = {c.id: replace(c, module=module) for module,claims in {
     "features": FEATURES_CLAIMS, "fidelity": FIDELITY_CLAIMS,
     "autointerp": AUTOINTERP_CLAIMS + AUTOINTERP_APPENDIX_CLAIMS, "localise": IOI_CLAIMS,
     "case_studies": CASE_STUDY_CLAIMS, "effects": EFFECT_CLAIMS, "trees": CIRCUIT_CLAIMS, "discussion": DISCUSSION_CLAIMS,
-    "attention_saes": ATTENTION_SAE_CLAIMS, "attention_heads": ATTENTION_HEAD_CLAIMS,
+    "attention_saes": ATTENTION_SAE_CLAIMS, "recursive": RECURSIVE_CLAIMS, "families": FAMILY_CLAIMS, "heads": HEAD_CLAIMS, "prefix": PREFIX_CLAIMS,
     "attention_ioi": ATTENTION_IOI_CLAIMS}.items() for c in claims}
 
 # %% ../nbs/00_core.ipynb #a31d37db

@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'decomposition', 'searched', 'strongest', 'by_gradient', 'o
            'plot_curve', 'plot_fig3', 'judge_fig3_left', 'judge_fig3_right', 'judge_alpha_0', 'floors', 'judge_floor',
            'needed', 'plot_needed', 'plot_fig17', 'judge_fig17']
 
-# %% ../nbs/13_localise.ipynb #08fee10a
+# %% ../nbs/13_localise.ipynb #b8352177
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ from .models import LanguageModel
 from .plots import COLORS, plain_log
 from .training import dictionary
 
-# %% ../nbs/13_localise.ipynb #3beacbbf
+# %% ../nbs/13_localise.ipynb #149652b4
 def decomposition(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -55,7 +55,7 @@ def searched(
     how = dict(thresholds=[float(tau) for tau in thresholds], seed=seed)
     return _kept("acdc", case, how, lambda folder: acdc(case, thresholds, seed, folder), (acdc,))
 
-# %% ../nbs/13_localise.ipynb #f637bdf8
+# %% ../nbs/13_localise.ipynb #49db23db
 def strongest(
     case:Patching, # pairs, layer and dictionary
     n:int|None, # features; all that differ if None
@@ -74,7 +74,7 @@ def by_gradient(
         return ranked(case, order, np.unique(np.geomspace(1, len(order), points).round().astype(int)).tolist())
     return _kept("ranking", case, dict(at=[float(t) for t in at], points=points), compute, (attribution, ranked))
 
-# %% ../nbs/13_localise.ipynb #49e87d46
+# %% ../nbs/13_localise.ipynb #3d1e1f65
 def on_grid(
     c:Curve, # with pairs to average over
     grid:Float[np.ndarray, "points"], # of counts or magnitudes
@@ -94,7 +94,7 @@ def shared_grid(
     if over == "count": return np.geomspace(1, min(c.count.max() for c in curves), points)
     return np.linspace(0, min(c.edit.mean(1).max() for c in curves), points)
 
-# %% ../nbs/13_localise.ipynb #9dd08770
+# %% ../nbs/13_localise.ipynb #5d38f97b
 def area_between(
     ours:list[Curve], # one per visiting order
     theirs:list[Curve], # likewise, of the same pairs of sentences
@@ -108,8 +108,8 @@ def area_between(
     gap = [mean(theirs, r) - mean(ours, r) for r in rows]
     return float(gap[0]), tuple(float(q) for q in np.quantile(gap[1:], (.025, .975)))
 
-# %% ../nbs/13_localise.ipynb #03fbb13a
-STYLES = {"PCA": ("pca", "-"), "alpha 0": ("ink", "--"), "PCA, two ends": ("pca", ":"), "ICA": ("ica", "-"), "neuron basis": ("basis", "-"), "random directions": ("random", "-")}
+# %% ../nbs/13_localise.ipynb #f07a3cd6
+STYLES = {"PCA": ("pca", "-"), "alpha 0": ("ink", "--"), "PCA, two ends": ("pca", ":"), "ICA": ("ink", "-."), "neuron basis, two ends": ("basis", "-"), "random, two ends": ("random", "--")}
 
 def plot_curve(
     ax:plt.Axes, # to be filled
@@ -125,7 +125,13 @@ def plot_curve(
     ax.plot(grid, lines.mean(0), line, color=color, label=label, lw=1.6)
     ax.fill_between(grid, lines.min(0), lines.max(0), color=color, alpha=.2, lw=0)
 
-# %% ../nbs/13_localise.ipynb #d9ce3b29
+# %% ../nbs/13_localise.ipynb #78071b86
+def _decades(ax):
+    "Label powers of ten only."
+    low, high = ax.get_xlim()
+    ax.set_xticks(ticks := [10**k for k in range(7) if low <= 10**k <= high], [f"{t:,}" for t in ticks])
+    ax.minorticks_off()
+
 def plot_fig3(
     found:dict[str, list[Curve]], # by decomposition
 ) -> plt.Figure:
@@ -133,17 +139,18 @@ def plot_fig3(
     fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
     saes = [label for label in found if label not in STYLES]
     for label,curves in found.items():
-        color, line = STYLES.get(label, ("sae", "-"))
+        color, line = STYLES.get(label, ("sae", ("-", "-.")[saes.index(label) % 2] if label in saes else "-"))
         shade = plt.matplotlib.colors.to_rgba(COLORS[color], 1 if label not in saes else .4 + .6*(saes.index(label) + 1)/len(saes))
         for ax,over in zip(axes, ("count", "edit")): plot_curve(ax, curves, over, label, shade, line)
+        axes[1].axhline(curves[0].kl[-1].mean(), color=shade, lw=.8, ls=":")
     for ax in axes: ax.axhline(next(iter(found.values()))[0].kl[0].mean(), color="#999999", lw=.8, ls=":")
     axes[0].set(xscale="log", xlabel="features patched", ylabel="KL divergence to the target (nats)", ylim=(0, None))
-    plain_log(axes[0], "x")
-    axes[1].set(xlabel="mean edit magnitude", xlim=(0, None))
+    _decades(axes[0])
+    axes[1].set(xlabel="mean edit magnitude (length)", xlim=(0, None))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
-# %% ../nbs/13_localise.ipynb #e55dc2df
+# %% ../nbs/13_localise.ipynb #0012c8b0
 @rule("P1-fig3l")
 def judge_fig3_left(rec):
     "PCA minus SAE over log counts: interval above 0 at the working alpha; partly if so at another alpha only."
@@ -161,7 +168,7 @@ def judge_alpha_0(rec):
     not_above = [low <= 0 for low,_ in rec["intervals"].values()]
     return "holds" if all(not_above) else "partly" if any(not_above) else "does not hold"
 
-# %% ../nbs/13_localise.ipynb #be37b745
+# %% ../nbs/13_localise.ipynb #7dccc26a
 @torch.inference_mode()
 def floors(
     case:Patching, # pairs, layer and dictionary
@@ -176,7 +183,7 @@ def judge_floor(rec):
     steps, whole = rec["steps"], rec["whole"]
     return "holds" if all(low > 0 for low,_ in steps) else "partly" if whole[0] > 0 else "does not hold"
 
-# %% ../nbs/13_localise.ipynb #66217030
+# %% ../nbs/13_localise.ipynb #2cb38110
 def needed(
     c:Curve, # divergence by count
     share:float=.5, # of the divergence with nothing patched that is to be left
@@ -190,7 +197,7 @@ def needed(
     (a, b), (x, y) = (kl[i-1], kl[i]), np.log(np.maximum(c.count[i-1:i+1], .5))
     return float(np.exp(x + (y - x)*(a - share*start)/(a - b)))
 
-# %% ../nbs/13_localise.ipynb #da3a5e67
+# %% ../nbs/13_localise.ipynb #6ce9714a
 def plot_needed(
     ax:plt.Axes, # to be filled
     every:dict[float, dict[float, Curve]], # by ratio and alpha
@@ -209,7 +216,7 @@ def plot_needed(
     ax.set(xscale="log", yscale="log", xlabel="active features per token, $L_0$", ylabel=f"features patched until {1 - share:.0%} is closed")
     for axis in "xy": plain_log(ax, axis)
 
-# %% ../nbs/13_localise.ipynb #a7c49515
+# %% ../nbs/13_localise.ipynb #fd434244
 def plot_fig17(
     by_layer:dict[int, dict[str, Curve]], # curves by layer and decomposition
 ) -> plt.Figure:
@@ -220,12 +227,11 @@ def plot_fig17(
             color = COLORS["pca" if label == "PCA" else "sae"]
             plot_curve(top, [c], "count", label, color)
             plot_curve(bottom, [c], "edit", label, color)
-        top.set(xscale="log", title=f"layer {layer}", ylim=(0, None), xticks=[1, 10, 100])
-        top.xaxis.set_major_formatter("{x:.0f}")
-        top.minorticks_off()
+        top.set(xscale="log", title=f"layer {layer}", ylim=(0, None))
+        _decades(top)
     axes[0, 0].set(ylabel="KL divergence (nats)")
     axes[1, 0].set(ylabel="KL divergence (nats)")
-    fig.supxlabel("features patched (above), mean edit magnitude (below)", fontsize=9)
+    for row,label in zip(axes, ("features patched", "mean edit magnitude")): row[len(by_layer)//2].set(xlabel=label)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
 

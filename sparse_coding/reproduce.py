@@ -20,10 +20,11 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from tqdm import tqdm
 
 from .activations import estimate_harvest
+from .attention_saes import attention_recipes, paper_two
 from .bench import bench_acdc, bench_fragments, bench_harvest
 from .bench_training import bench_training
 from .core import (CLAIMS, PRESETS, WHEELS, Preset, SparseCodingError, fetch, preset, provenance, read_json,
-    report, repository, study, study_sites, write_json)
+    report, repository, study, write_json)
 from .models import load_model
 from .training import estimate_training
 
@@ -133,15 +134,13 @@ def estimate(
     paths:list[Path], # the notebooks that would run
 ) -> dict: # seconds by part, disk and memory in bytes
     "Time, disk and memory of a run in which nothing has been computed yet."
-    model = load_model(p.model, fold=p.fold)
-    sites = study_sites(p)
-    groups = [(g[0].site, g) for g in study(p).values() if g[0].site in sites]
-    harvest = estimate_harvest(model, p.n_tokens + p.n_heldout + 64*p.n_fragments, sites, p.row_len)
-    parts = [estimate_training(g, model.d_in(s), p.batch_size, p.steps_at(s)) for s,g in groups]
-    training = {"seconds": sum(e["seconds"] for e in parts), "bytes": max(e["bytes"] for e in parts)}
-    weights = sum(q.numel()*q.element_size() for q in model.hf.parameters())
-    return {"start": 15.*len(paths), "harvest": harvest["seconds"], "training": training["seconds"],
-            "disk": harvest["bytes"] + weights, "memory": int(.6e9) + weights + training["bytes"]}
+    model, second = load_model(p.model, fold=p.fold), [path.stem[0] == "2" for path in paths]
+    todo = [(p, list(study(p).values()))]*(not second or not all(second)) + [(q := paper_two(p), [attention_recipes(q)[f"layer {l}"] for l in q.attn_layers])]*any(second)
+    harvests = [estimate_harvest(model, q.n_tokens + q.n_heldout + 64*q.n_fragments, list(dict.fromkeys(g[0].site for g in groups)), q.row_len) for q,groups in todo]
+    parts = [estimate_training(g, model.d_in(g[0].site), q.batch_size, q.steps_at(g[0].site)) for q,groups in todo for g in groups]
+    weights = sum(w.numel()*w.element_size() for w in model.hf.parameters())
+    return {"start": 15.*len(paths), "harvest": sum(h["seconds"] for h in harvests), "training": sum(e["seconds"] for e in parts),
+            "disk": sum(h["bytes"] for h in harvests) + weights, "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
 # %% ../nbs/90_reproduce.ipynb #2c3ce1fa
 def estimate_line(

@@ -7,7 +7,7 @@ __all__ = ['Chain', 'chain_of', 'Contexts', 'draw_contexts', 'ablate_each', 'gra
            'strongest', 'peers', 'edges', 'agreement', 'plot_agreement', 'grow', 'parents_in', 'words', 'places',
            'plot_tree', 'judge_tree', 'share_of', 'judge_unembed', 'effects', 'through_mlp', 'judge_failed']
 
-# %% ../nbs/14_trees.ipynb #97308b66
+# %% ../nbs/14_trees.ipynb #3a2bd8c6
 import copy
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -33,7 +33,7 @@ from .models import LanguageModel, _Enough
 from .plots import COLORS
 from .training import dictionary
 
-# %% ../nbs/14_trees.ipynb #0ed68c91
+# %% ../nbs/14_trees.ipynb #1877f1f5
 class Chain:
     "Dictionaries of several layers of the residual stream, and the text they are looked at in; raises for a dictionary of another model or site."
     def __init__(self,
@@ -55,7 +55,7 @@ class Chain:
     def acts(self, layer, features): return feature_acts(self.saes[layer], self.store, Site(layer), features)[:, :self.tokens.shape[1]].numpy()
     def lower(self, layer): return next((l for l in self.layers[::-1] if l < layer), None)
 
-# %% ../nbs/14_trees.ipynb #a6258241
+# %% ../nbs/14_trees.ipynb #3ccb5351
 def chain_of(
     p:Preset, # whose study
     model:LanguageModel, # under study
@@ -65,7 +65,7 @@ def chain_of(
     layers = sorted(p.layers, reverse=True)
     return Chain(model, {l: dictionary(p, model, Recipe(Site(l), p.ratio, p.alpha, seed=p.seed + i % 2)) for i,l in enumerate(layers)}, store)
 
-# %% ../nbs/14_trees.ipynb #0be81744
+# %% ../nbs/14_trees.ipynb #168bb130
 @dataclass(frozen=True)
 class Contexts:
     "Where a feature is to be explained."
@@ -74,7 +74,7 @@ class Contexts:
 
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/14_trees.ipynb #909832a6
+# %% ../nbs/14_trees.ipynb #bec0ffae
 def draw_contexts(
     acts:Float[np.ndarray, "fragments seq"], # of the target
     n:int=20, # contexts, at most
@@ -95,7 +95,7 @@ def draw_contexts(
     if len(chosen) < 2: raise SparseCodingError(f"This feature has {len(chosen)} contexts in the fragments: choose one that fires more often.")
     return Contexts(*np.array(np.unravel_index(chosen, acts.shape)))
 
-# %% ../nbs/14_trees.ipynb #866e0414
+# %% ../nbs/14_trees.ipynb #35273360
 def _keys_only(module, q, k, v, mask, packed=None, **kwargs):
     "Packed attention that ends the run at one layer, as soon as the keys and values there are known."
     if module.layer_idx != packed.stop: return _packed(module, q, k, v, mask, packed=packed, **kwargs)
@@ -105,7 +105,7 @@ def _keys_only(module, q, k, v, mask, packed=None, **kwargs):
 
 AttentionInterface.register("keys_only", _keys_only)
 
-# %% ../nbs/14_trees.ipynb #f5fb1e00
+# %% ../nbs/14_trees.ipynb #a45ba947
 def _run(model, layer, x, packed, attention, site):
     "Packed positions through the blocks above a layer until something ends the run; what has last come out at a site."
     seen, at = [x], packed.fresh.nonzero()[None, :, 1]
@@ -116,7 +116,7 @@ def _run(model, layer, x, packed, attention, site):
         model.above(layer, x)(inputs_embeds=x, position_ids=at, use_cache=False, packed=packed)
     return seen[0]
 
-# %% ../nbs/14_trees.ipynb #dc280b48
+# %% ../nbs/14_trees.ipynb #dc95475f
 @patch
 def run_between(self:LanguageModel,
     lower:int, # the layer whose output is given
@@ -134,7 +134,7 @@ def run_between(self:LanguageModel,
     ending = _Packed(*(t.to(x.device) for t in _number(packed.see.cpu(), last, len(packed.keys[upper][0]))), packed.keys, {})
     return _run(self, upper - 1, out[ends][None], ending, "packed", Site(upper))[0], packed.keys
 
-# %% ../nbs/14_trees.ipynb #fbc970b5
+# %% ../nbs/14_trees.ipynb #bcd23a49
 @torch.inference_mode()
 def ablate_each(
     model:LanguageModel, # under study
@@ -155,7 +155,7 @@ def ablate_each(
         parts.append(model.run_between(lower, upper, x - c.T[j][..., None]*f[j][:, None], *_number(see.expand(len(j), -1), first, len(x)), known)[0])
     return whole[0], live.tolist(), torch.cat(parts)
 
-# %% ../nbs/14_trees.ipynb #580015bd
+# %% ../nbs/14_trees.ipynb #05762a3a
 def gradients(
     model:LanguageModel, # under study
     lower:int, # the layer of x
@@ -172,7 +172,7 @@ def gradients(
         with suppress(_Enough), model._hooks({Site(upper): keep}): model.above(lower, x)(inputs_embeds=x, use_cache=False)
         return torch.autograd.grad(read(seen[0]).sum(), x)[0]
 
-# %% ../nbs/14_trees.ipynb #651af914
+# %% ../nbs/14_trees.ipynb #74fb3e13
 @dataclass(frozen=True)
 class Causes:
     "What the features of the layer below do to a target, context by context."
@@ -185,7 +185,7 @@ class Causes:
     @property
     def weight(self) -> Float[np.ndarray, "d_sae"]: return self.drop.mean(0)
 
-# %% ../nbs/14_trees.ipynb #20a5fa93
+# %% ../nbs/14_trees.ipynb #5094719d
 def _two(chain, lower, layer):
     "The dictionaries of two layers, if they are in this order."
     if lower is None or lower not in chain.on or layer not in chain.on or lower >= layer:
@@ -199,7 +199,7 @@ def _streams(chain, layers, contexts):
     with fast_matmul(chain.model.device): found = chain.model.run_to(tokens, [Site(l) for l in layers])
     return [found[Site(l)] for l in layers]
 
-# %% ../nbs/14_trees.ipynb #c46e1528
+# %% ../nbs/14_trees.ipynb #6b58eb32
 @torch.no_grad()
 def find_causes(
     chain:Chain, # of dictionaries
@@ -220,7 +220,7 @@ def find_causes(
         drop[k, live] = (1 - read(without)/a[k]).cpu()
     return Causes(contexts, *(v.cpu().contiguous().numpy() for v in (a, drop, gradient, c.sum(1))))
 
-# %% ../nbs/14_trees.ipynb #d388185b
+# %% ../nbs/14_trees.ipynb #68dfcf79
 def causes(
     chain:Chain, # of dictionaries
     layer:int, # of the target
@@ -240,7 +240,7 @@ def causes(
     found = load_file(load_or_compute("causes", config, compute, code=(find_causes, draw_contexts, gradients))/"causes.safetensors")
     return Causes(Contexts(found.pop("ids"), found.pop("at")), **found)
 
-# %% ../nbs/14_trees.ipynb #d9ad3a2e
+# %% ../nbs/14_trees.ipynb #b8d0e342
 def strongest(
     found:Causes, # of one target
     n:int=3, # how many
@@ -251,7 +251,7 @@ def strongest(
     weight = found.drop[rows].mean(0)
     return [j for j in np.argsort(-weight, kind="stable")[:n].tolist() if weight[j] >= least]
 
-# %% ../nbs/14_trees.ipynb #69567fe4
+# %% ../nbs/14_trees.ipynb #1ad84371
 def peers(
     activity:Float[np.ndarray, "d_sae"], # of every feature, 0 for those that are never active
     j:int, # one of them
@@ -262,7 +262,7 @@ def peers(
     others = np.setdiff1d(np.flatnonzero(activity > 0), [j])
     return others[np.argsort(np.abs(size[others] - size[j]), kind="stable")[:n]]
 
-# %% ../nbs/14_trees.ipynb #c4fe5187
+# %% ../nbs/14_trees.ipynb #4622866f
 def edges(
     found:Causes, # of one target
     picked:Iterable[int], # features below
@@ -276,7 +276,7 @@ def edges(
         out.append({"feature": j, "weight": mean, "low": low, "high": high, "null": null, "above": low > max(null, 0.)})
     return out
 
-# %% ../nbs/14_trees.ipynb #903b1df1
+# %% ../nbs/14_trees.ipynb #68c0ddce
 def agreement(
     found:Causes, # of one target
     least:float=.01, # weight that makes a cause
@@ -288,7 +288,7 @@ def agreement(
     shared = len({*np.argsort(-exact)[:3]} & {*np.argsort(-fast)[:3]})
     return {"active": int(active.sum()), "rank correlation": rho(active), "causes": int(big.sum()), "among causes": rho(big), "of the three strongest": shared}
 
-# %% ../nbs/14_trees.ipynb #c9780083
+# %% ../nbs/14_trees.ipynb #7f96033e
 def plot_agreement(
     found:dict[str, Causes], # by title
     least:float=.01, # weight that makes a cause
@@ -310,7 +310,7 @@ def plot_agreement(
     axes[0, 0].legend()
     return fig
 
-# %% ../nbs/14_trees.ipynb #5da295dc
+# %% ../nbs/14_trees.ipynb #25d3f595
 def grow(
     root:tuple[int, int], # layer and feature
     parents:Callable, # of layer and feature: edges as dicts with (layer, feature) at "cause" and a number at "weight", the strongest first
@@ -330,7 +330,7 @@ def grow(
         todo = [node for node in dict.fromkeys(below) if node not in done]
     return found
 
-# %% ../nbs/14_trees.ipynb #e0002e00
+# %% ../nbs/14_trees.ipynb #53961dc1
 def parents_in(
     chain:Chain, # of dictionaries
     width:int=3, # parents per feature
@@ -341,10 +341,12 @@ def parents_in(
         if (lower := chain.lower(layer)) is None: return []
         found, cosine = causes(chain, layer, feature, **how), chain.saes[lower].W_dec @ chain.saes[layer].W_dec[feature]
         held = edges(found, strongest(found, width, rows=slice(0, None, 2)), slice(1, None, 2)) if len(found.a) > 3 else []
-        return [e | {"cause": (lower, e["feature"]), "cosine": float(cosine[e["feature"]]), "held": held} for e in edges(found, strongest(found, width))]
+        return [e | {"cause": (lower, e["feature"]), "contexts": len(found.a), "cosine": float(cosine[e["feature"]]), "held": held} for e in edges(found, strongest(found, width))]
     return parents
 
-# %% ../nbs/14_trees.ipynb #d0ca867a
+# %% ../nbs/14_trees.ipynb #38855d59
+def _quoted(text): return text if any(map(str.isalnum, text)) else f"'{text}'"
+
 def words(
     chain:Chain, # of dictionaries
     nodes:Iterable[tuple[int, int]], # layers and features
@@ -357,10 +359,10 @@ def words(
         for j,acts in zip(features, np.moveaxis(chain.acts(layer, features), -1, 0)):
             mass = np.bincount(chain.tokens.ravel(), acts.ravel())
             texts = chain.model.str_tokens([k for k in np.argsort(-mass, kind="stable")[:4*length] if mass[k] > 0])
-            out[layer, j] = "  ".join([*dict.fromkeys(printable(t).strip(" ") or "␣" for t in texts)][:length])
+            out[layer, j] = "  ".join([*dict.fromkeys(_quoted(printable(t).strip(" ") or "␣") for t in texts)][:length])
     return out
 
-# %% ../nbs/14_trees.ipynb #dce35f85
+# %% ../nbs/14_trees.ipynb #926b75e9
 def places(
     root:tuple[int, int], # layer and feature
     tree:list[dict], # its edges, from `grow`
@@ -379,7 +381,7 @@ def _short(text, width):
     while len(text) > width and "  " in text: text = text.rpartition("  ")[0]
     return text[:width]
 
-# %% ../nbs/14_trees.ipynb #3fa5591b
+# %% ../nbs/14_trees.ipynb #f71650a9
 def plot_tree(
     root:tuple[int, int], # layer and feature
     tree:list[dict], # from `grow`, with "weight" and "cosine"; "above" tells which are above their null
@@ -388,7 +390,7 @@ def plot_tree(
 ) -> plt.Figure:
     "A causal tree: columns are layers, in the order in which the model computes; line width and first number are the weight, the second is the cosine."
     at = places(root, tree)
-    n_columns, tallest = len({l for l,_ in at}), max(sum(l == layer for l,_ in at) for layer,_ in at)
+    tallest = max(sum(l == layer for l,_ in at) for layer,_ in at)
     fig, ax = plt.subplots(figsize=(7, max(1.8, .5*tallest + .3)))
     x = {node: .09 + .82*c for node,(c,_) in at.items()}
     placed = []
@@ -398,23 +400,23 @@ def plot_tree(
         ax.plot(*ends, color=color, lw=.6 + 6*e["weight"], alpha=.7, solid_capstyle="butt", zorder=1)
         spots = [tuple((1 - t)*u + t*v for u,v in ends) for t in (.42, .47, .52, .57)]
         placed.append(max(spots, key=lambda s: min([np.hypot(2*(s[0] - u), (s[1] - v)*tallest/2) for u,v in placed] + [.25])))
-        ax.text(*placed[-1], f"{e['weight']:.0%} | {e['cosine']:.2f}", fontsize=6.5, ha="center", va="center", zorder=2, bbox=dict(fc="white", ec="none", pad=.6, alpha=.85))
+        ax.text(*placed[-1], f"{e['weight']:.0%} | {e['cosine']:.2f}", fontsize=7, ha="center", va="center", zorder=2, bbox=dict(fc="white", ec="none", pad=.6, alpha=.85))
     for node,(_,y) in at.items():
-        ax.text(x[node], y, f"{node[0]}_{node[1]}\n{_short(label[node], width)}", fontsize=6.5, ha="center", va="center", linespacing=1.25, zorder=3,
+        ax.text(x[node], y, f"{node[0]}_{node[1]}\n{_short(label[node], width)}", fontsize=7, ha="center", va="center", linespacing=1.25, zorder=3,
                 bbox=dict(boxstyle="round,pad=.25", fc="white", ec=COLORS["target" if node == root else "ink"], lw=.8))
     for layer in {l for l,_ in at}: ax.text(next(x[node] for node in at if node[0] == layer), 1.03, f"layer {layer}", ha="center", fontsize=8)
     ax.set(xlim=(0, 1), ylim=(0, 1.06))
     ax.axis("off")
     return fig
 
-# %% ../nbs/14_trees.ipynb #21f98bb8
+# %% ../nbs/14_trees.ipynb #914c53a9
 @rule("P1-tree")
 def judge_tree(rec):
     "With the root in the model's last layer, nine in ten edges chosen in half of the contexts lie above the null in the other half, by their intervals; partly for half of them, or for a root elsewhere."
     share = np.mean(rec["above"]) if rec["above"] else 0.
     return "holds" if share >= .9 and rec["last"] else "partly" if share >= .5 else "does not hold"
 
-# %% ../nbs/14_trees.ipynb #fa6cc2e6
+# %% ../nbs/14_trees.ipynb #3e6645bb
 def share_of(
     logits:Float[Tensor, "n vocab"], # from `unembedded`
     ids:list[int], # a group of tokens
@@ -423,14 +425,14 @@ def share_of(
     "How much of the top k belongs to a group."
     return torch.isin(logits.topk(k).indices, torch.tensor(ids)).float().mean(1).numpy()
 
-# %% ../nbs/14_trees.ipynb #1dcbfb3a
+# %% ../nbs/14_trees.ipynb #a5ec4a8a
 @rule("P1-unembed")
 def judge_unembed(rec):
     "At least eight of the feature's ten highest tokens are closing parentheses, and at most one live feature in a hundred has as many; partly for the second alone, with at least one."
     rare = rec["as_many"] <= .01*rec["n"] and rec["own"] > 0
     return "holds" if rare and rec["own"] >= .8 else "partly" if rare else "does not hold"
 
-# %% ../nbs/14_trees.ipynb #d5321aab
+# %% ../nbs/14_trees.ipynb #7eedaf83
 @torch.inference_mode()
 def effects(
     chain:Chain, # of dictionaries
@@ -452,7 +454,7 @@ def effects(
         out.append({"feature": k, "lost": float(lost[:, k].mean()), "share lost": share, "low": low, "high": high, "contexts": int((c[:, k] > 0).sum()), "cosine": float(cosine[k])})
     return out
 
-# %% ../nbs/14_trees.ipynb #95fae486
+# %% ../nbs/14_trees.ipynb #dac66877
 @torch.inference_mode()
 def through_mlp(
     model:LanguageModel, # under study
@@ -465,7 +467,7 @@ def through_mlp(
     with fast_matmul(model.device): out = block.mlp(norm(f.to(model.device)[None]*f.shape[1]**.5))[0]
     return unit_rows(out).cpu()
 
-# %% ../nbs/14_trees.ipynb #68c775fe
+# %% ../nbs/14_trees.ipynb #608c70a1
 @rule("P1-failed")
 def judge_failed(rec):
     "The largest cosines are on average less than .05 above chance, by the interval, and at most one in ten is above chance's 99th percentile; partly if one of the two."

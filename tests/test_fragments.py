@@ -8,11 +8,11 @@ from sparse_coding.activations import ActivationStore, load_store
 from sparse_coding.baselines import fixed, random_rotation
 from sparse_coding.core import Site, SparseCodingError
 from sparse_coding.corpora import load_rows
-from sparse_coding.dictionaries import TiedSAE, TopKSAE
+from sparse_coding.dictionaries import TopKSAE
 from sparse_coding.fragments import (Collector, Evidence, Examples, FragmentStore, collect, ev_correlation_score, evidence, feature_acts,
                                      fingerprint, first_usable, scores)
 from sparse_coding.models import load_model
-from tiny import tiny_model
+from tiny import sparse, tiny_model
 
 SITE = Site(2)
 
@@ -25,13 +25,6 @@ def tiny(tmp_path_factory):
     model = load_model(str(tiny_model(folder/"model", "llama")))
     store = load_store(model, load_rows(str(folder/"text.txt"), model, "train", None, 64, heldout=0.), SITE)
     return model, FragmentStore(store.folder, model.eot_id)
-
-
-def sparse(d=32, n=48, bias=-.6, cls=TiedSAE, **how):
-    "A dictionary whose features fire on some tokens."
-    sae = cls(d, n, seed=3, **how)
-    sae.b_enc.data += bias*torch.linspace(.2, 3, n)
-    return sae
 
 
 def slow(sae, store):

@@ -9,9 +9,9 @@ from scipy.stats import entropy
 from sparse_coding import ioi, localise
 from sparse_coding.baselines import fixed, random_rotation
 from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError
-from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.ioi import Pairs, Patching, acdc, acdc_plainly, attribution, midpoints, ranked
 from sparse_coding.models import load_model
+import tiny
 from tiny import tiny_model
 
 LAYER = 2
@@ -26,11 +26,7 @@ def made_pairs(n=6, seq=9, at=(3, 5), seed=0):
     return Pairs(base, target, base[range(n), where], target[range(n), where], base[:, -2], tuple(("ABBA", "BABA")[i % 2] for i in range(n)))
 
 
-def sparse(d=32, n=48, bias=-.4):
-    "A dictionary whose features fire on some tokens."
-    sae = TiedSAE(d, n, seed=3)
-    sae.b_enc.data += bias*torch.linspace(.2, 2, n)
-    return sae.requires_grad_(False)
+def sparse(**how): return tiny.sparse(**{"bias": -.4, "most": 2., **how})
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])

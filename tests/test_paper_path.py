@@ -9,7 +9,8 @@ from test_notebooks import NOTEBOOKS
 from tiny import tiny_model
 
 COUNTS = dict(size="quick", n_tokens=16_384, n_heldout=8_192, ratios=[1, 2], alphas=[1e-4, 3e-4, 1e-3, 3e-3], ratio=2, alpha=3e-3, steps=60,
-              mlp_ratios=[.25, 1], mlp_alphas=[1e-4, 3e-4, 1e-3, 3e-3], mlp_alpha=3e-3, mlp_steps=40, n_seeds=2, batch_size=256)
+              mlp_ratios=[.25, 1], mlp_alphas=[1e-4, 3e-4, 1e-3, 3e-3], mlp_alpha=3e-3, mlp_steps=40, n_seeds=2, batch_size=256,
+              attn_tokens=16_384, attn_k=8)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_all_notebooks_at_paper_settings(tiny_neox, tmp_path):
     sets = [f"--set={k}={json.dumps(v)}" for k,v in COUNTS.items()]
     command = [*COMMAND, "reproduce", "--preset", "paper", "--model", str(model), "--corpus", str(corpus), "--layers", "1,2",
                "--out", str(tmp_path), *sets]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     assert {p.name for p in (tmp_path/"notebooks").iterdir()} == {p.name for p in NOTEBOOKS}
     assert (tmp_path/"figures"/"fig6.png").exists() and "P1-recover" in (tmp_path/"claims.md").read_text()

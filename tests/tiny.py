@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast)
 
+from sparse_coding.dictionaries import TiedSAE
+
 TEXT = """When Mary and John went to the store, John gave a drink to Mary. It's a small store, and it doesn't sell much:
 bread, milk, apples, and the newspaper of the day before. The keeper of the store counts the apples every morning and
 every evening.
@@ -53,3 +55,10 @@ def tiny_model(folder, arch="gpt_neox", seed=0, **changes):
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def sparse(d=32, n=48, bias=-.6, most=3., cls=TiedSAE, **how):
+    "A dictionary whose features fire on some tokens, each on fewer than the one before."
+    sae = cls(d, n, seed=3, **how)
+    sae.b_enc.data += bias*torch.linspace(.2, most, n)
+    return sae.requires_grad_(False)
