@@ -80,6 +80,7 @@ def stamp(
 class Table(list):
     "Dicts with the same keys, which a notebook shows as a table."
     def _repr_markdown_(self):
+        if not self: return "(nothing to list)"
         head = list(self[0])
         show = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,}" if isinstance(v, (int, float)) else str(v)
         rows = [head, ["---"]*len(head), *([show(r[k]) for k in head] for r in self)]

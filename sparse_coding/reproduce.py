@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
 from tqdm import tqdm
 
 from .activations import estimate_harvest
@@ -82,9 +83,12 @@ class NotebookFailed(SparseCodingError):
 def failure(
     path:Path, # of the notebook
     e:Exception, # what nbclient raised
+    nb:NotebookNode, # as far as it was executed
 ) -> str: # one line
     "Why a notebook stopped, in one line."
-    if isinstance(e, CellExecutionError): reason = f"{e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''}"
+    if isinstance(e, CellExecutionError):                                      # the kernel's answer does not name an error in a display
+        e = next((o for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"), e)
+        reason = f"{e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''}"
     elif isinstance(e, CellTimeoutError): reason = "a cell ran longer than its time limit"
     else: reason = "its kernel died, most likely for want of memory"
     return f"{path.stem} stopped: {reason}"
@@ -121,7 +125,7 @@ def execute(
                     extra_arguments=["--log-level=ERROR"],
                     on_cell_complete=lambda cell, cell_index: bar.update())
     try: interruptible(client, {**os.environ, **(env or {})})
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: raise NotebookFailed(failure(path, e)) from e
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: raise NotebookFailed(failure(path, e, nb)) from e
     finally:
         bar.close()
         out.parent.mkdir(parents=True, exist_ok=True)

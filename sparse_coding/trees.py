@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Chain', 'chain_of', 'Contexts', 'draw_contexts', 'ablate_each', 'gradients', 'Causes', 'find_causes', 'causes',
-           'strongest', 'peers', 'edges', 'agreement', 'plot_agreement', 'grow', 'parents_in', 'words', 'places',
-           'plot_tree', 'judge_tree', 'share_of', 'judge_unembed', 'effects', 'through_mlp', 'judge_failed']
+           'strongest', 'peers', 'edges', 'agreement', 'plot_agreement', 'grow', 'parents_in', 'words', 'explanations',
+           'places', 'plot_tree', 'judge_tree', 'share_of', 'judge_unembed', 'effects', 'through_mlp', 'judge_failed']
 
 # %% ../nbs/14_trees.ipynb #3a2bd8c6
 import copy
@@ -27,8 +27,9 @@ from transformers import AttentionInterface
 from .core import Preset, Recipe, Site, SparseCodingError, fast_matmul, load_or_compute, mean_ci, rule
 from .dictionaries import Dictionary, unit_rows
 from .effects import unembedded
-from .fragments import FragmentStore, feature_acts, fingerprint, printable
+from .fragments import FragmentStore, evidence, feature_acts, fingerprint, printable
 from .ioi import _attention, _number, _packed, _Packed
+from .lexicon import TokenLexicon
 from .models import LanguageModel, _Enough
 from .plots import COLORS
 from .training import dictionary
@@ -346,6 +347,7 @@ def parents_in(
 
 # %% ../nbs/14_trees.ipynb #38855d59
 def _quoted(text): return text if any(map(str.isalnum, text)) else f"'{text}'"
+def _listed(texts, length): return "  ".join([*dict.fromkeys(_quoted(printable(t).strip(" ") or "␣") for t in texts)][:length])
 
 def words(
     chain:Chain, # of dictionaries
@@ -359,7 +361,23 @@ def words(
         for j,acts in zip(features, np.moveaxis(chain.acts(layer, features), -1, 0)):
             mass = np.bincount(chain.tokens.ravel(), acts.ravel())
             texts = chain.model.str_tokens([k for k in np.argsort(-mass, kind="stable")[:4*length] if mass[k] > 0])
-            out[layer, j] = "  ".join([*dict.fromkeys(_quoted(printable(t).strip(" ") or "␣") for t in texts)][:length])
+            out[layer, j] = _listed(texts, length)
+    return out
+
+# %% ../nbs/14_trees.ipynb #9f37cfdc
+def explanations(
+    p:Preset, # in force
+    chain:Chain, # of dictionaries
+    nodes:Iterable[tuple[int, int]], # layers and features
+    length:int=3, # tokens per feature
+) -> dict[tuple[int, int], str]: # by layer and feature
+    "A token lexicon of each feature: the tokens on which it is loudest in its strongest fragments."
+    out, nodes = {}, list(dict.fromkeys(nodes))
+    for layer in sorted({l for l,_ in nodes}):
+        found = evidence(p, chain.model, chain.saes[layer], Site(layer), chain.store)
+        features = [j for l,j in nodes if l == layer]
+        for j,lexicon in zip(features, TokenLexicon(4*length).explain([found.shown(j) for j in features])):
+            out[layer, j] = _listed(chain.model.str_tokens(lexicon.tokens), length)
     return out
 
 # %% ../nbs/14_trees.ipynb #926b75e9
@@ -385,13 +403,13 @@ def _short(text, width):
 def plot_tree(
     root:tuple[int, int], # layer and feature
     tree:list[dict], # from `grow`, with "weight" and "cosine"; "above" tells which are above their null
-    label:dict[tuple[int, int], str], # words, by layer and feature
+    label:dict[tuple[int, int], str], # a line or more, by layer and feature
     width:int=22, # characters per node
 ) -> plt.Figure:
     "A causal tree: columns are layers, in the order in which the model computes; line width and first number are the weight, the second is the cosine."
     at = places(root, tree)
     tallest = max(sum(l == layer for l,_ in at) for layer,_ in at)
-    fig, ax = plt.subplots(figsize=(7, max(1.8, .5*tallest + .3)))
+    fig, ax = plt.subplots(figsize=(7, max(1.8, .62*tallest + .3)))
     x = {node: .09 + .82*c for node,(c,_) in at.items()}
     placed = []
     for e in tree:
@@ -402,7 +420,7 @@ def plot_tree(
         placed.append(max(spots, key=lambda s: min([np.hypot(2*(s[0] - u), (s[1] - v)*tallest/2) for u,v in placed] + [.25])))
         ax.text(*placed[-1], f"{e['weight']:.0%} | {e['cosine']:.2f}", fontsize=7, ha="center", va="center", zorder=2, bbox=dict(fc="white", ec="none", pad=.6, alpha=.85))
     for node,(_,y) in at.items():
-        ax.text(x[node], y, f"{node[0]}_{node[1]}\n{_short(label[node], width)}", fontsize=7, ha="center", va="center", linespacing=1.25, zorder=3,
+        ax.text(x[node], y, "\n".join([f"{node[0]}_{node[1]}", *(_short(line, width) for line in label[node].splitlines())]), fontsize=7, ha="center", va="center", linespacing=1.25, zorder=3,
                 bbox=dict(boxstyle="round,pad=.25", fc="white", ec=COLORS["target" if node == root else "ink"], lw=.8))
     for layer in {l for l,_ in at}: ax.text(next(x[node] for node in at if node[0] == layer), 1.03, f"layer {layer}", ha="center", fontsize=8)
     ax.set(xlim=(0, 1), ylim=(0, 1.06))
