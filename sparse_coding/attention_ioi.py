@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AND', 'FILLER', 'PLACES_READ', 'CONJUNCTIONS', 'Sentences', 'plans', 'written', 'sentences', 'logit_difference',
-           'summary', 'spliced', 'judge_gate', 'at_place', 'losses_by_layer', 'Effects', 'feature_effects', 'by_order',
-           'plot_effects', 'together', 'judge_position', 'read_from', 'beside_and', 'strongest_places', 'noising',
-           'recovery', 'plot_noising', 'judge_and', 'name_movers', 'rotated', 'Side', 'side', 'ScoreParts',
-           'score_parts', 'greedy_pairs', 'variance_explained', 'judge_pairs']
+           'summary', 'spliced', 'at_mean', 'judge_gate', 'at_place', 'losses_by_layer', 'Effects', 'feature_effects',
+           'by_order', 'plot_effects', 'together', 'judge_position', 'read_from', 'beside_and', 'strongest_places',
+           'noising', 'reordered', 'lead', 'recovery', 'plot_noising', 'judge_and', 'name_movers', 'rotated', 'Side',
+           'side', 'ScoreParts', 'score_parts', 'greedy_pairs', 'variance_explained', 'judge_pairs']
 
 # %% ../nbs/22_attention_ioi.ipynb #d5becdd6
 from collections.abc import Callable, Iterable
@@ -40,7 +40,7 @@ FILLER = "It was a nice day. ", " while the weather was nice"
 
 @dataclass(frozen=True)
 class Sentences:
-    "IOI sentences without their last word, the mark of the beginning before each, filled up after their end."
+    "IOI sentences without their last word, the beginning of text before each, filled up after their end."
     tokens: Int[Tensor, "n seq"]
     io: Int[Tensor, "n"] # the name to be said
     s: Int[Tensor, "n"] # the subject
@@ -137,6 +137,13 @@ def spliced(
         def fn(x): return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
         return fn
     return lambda part: {Site(l, "attn_z"): put(sae) for l,sae in saes.items()}
+
+def at_mean(
+    site:Site, # where
+    mean:Float[Tensor, "d_in"], # over text
+) -> Callable: # for `logit_difference`
+    "One vector in the place of all others, but for position 0: what a reconstruction has to be compared with."
+    return lambda part: {site: lambda x: torch.cat([x[:, :1], mean.to(x).expand_as(x[:, 1:])], 1)}
 
 @rule("P2-ioigate")
 def judge_gate(rec):
@@ -358,8 +365,14 @@ def noising(
     single = [c for c in conjunctions if model.tokenize(c).shape[1] == 1]
     def compute(folder): save_file({k: torch.from_numpy(v) for k,v in _noised(model, planned, layers, single, place).items()}, folder/"noised.safetensors")
     config = dict(model=model.fingerprint, plans=planned, layers=layers, conjunctions=single, place=place)
-    found = load_file(load_or_compute("ioi_noised", config, compute, code=(_noised, written, sentences, logit_difference))/"noised.safetensors")
-    return {k: found[k].numpy() for k in ("clean", "zero", "mean", "other names, filler", "other names", *single)}
+    found = load_file(load_or_compute("ioi_noised", config, compute, code=(_noised, reordered, written, sentences, logit_difference))/"noised.safetensors")
+    return {k: found[k].numpy() for k in ("clean", "zero", "mean", "other names, filler", "other names", "the other order", *single)}
+
+def reordered(
+    planned:list[dict], # from `plans`
+) -> list[dict]:
+    "The same plans with the first two names exchanged: ABBA becomes BABA, who gives and who is given to stay."
+    return [plan | {"order": {"ABBA": "BABA", "BABA": "ABBA"}[plan["order"]]} for plan in planned]
 
 def _noised(model, planned, layers, conjunctions, place):
     "As `noising`, computed."
@@ -372,9 +385,21 @@ def _noised(model, planned, layers, conjunctions, place):
     own = there(s)
     others = {"other names, filler": dict(others=True, filler=True), "other names": dict(others=True)} | {c: dict(conjunction=c) for c in conjunctions}
     return {"clean": put(own), "zero": put({k: 0*v for k,v in own.items()}), "mean": put({k: v.mean(0).expand_as(v) for k,v in own.items()}),
-            **{name: put(there(sentences(model, planned, **how))) for name,how in tqdm(others.items(), "noising", leave=False, delay=2)}}
+            "the other order": put(there(sentences(model, reordered(planned)))), **{name: put(there(sentences(model, planned, **how))) for name,how in tqdm(others.items(), "noising", leave=False, delay=2)}}
 
 # %% ../nbs/22_attention_ioi.ipynb #8df94edd
+def lead(
+    a:Float[np.ndarray, "n"], # logit differences of the same sentences
+    b:Float[np.ndarray, "n"], # likewise
+    low:Float[np.ndarray, "n"], # as for `recovery`
+    clean:Float[np.ndarray, "n"],
+    draws:int=1000, # of sentences, with replacement
+) -> tuple[float, float]: # 95% interval
+    "By how much one recovery is above another, sentences drawn together."
+    rows = np.random.default_rng(0).integers(len(clean), size=(draws, len(clean)))
+    gap = (a[rows].mean(-1) - b[rows].mean(-1))/(clean[rows].mean(-1) - low[rows].mean(-1))
+    return tuple(float(q) for q in np.quantile(gap, (.025, .975)))
+
 def recovery(
     noised:Float[np.ndarray, "n"], # logit differences
     low:Float[np.ndarray, "n"], # with zero, or the mean, in its place

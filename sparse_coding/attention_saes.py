@@ -8,7 +8,7 @@ __all__ = ['PAPER', 'TABLE_1', 'paper_two', 'attention_stores', 'attention_recip
            'live', 'head_attribution', 'attention_losses', 'attention_fidelity', 'recovered', 'judge_table',
            'plot_frontier', 'plot_rates', 'attention_evidence', 'z_directions', 'attention_scores', 'plot_scores',
            'judge_interp', 'encoder_bias', 'head_shares', 'agreement', 'contributions', 'attribution_pairs',
-           'plot_attribution', 'judge_attribution', 'Attribution', 'attribute', 'reaching_back', 'plot_dfa',
+           'plot_attribution', 'judge_attribution', 'Attribution', 'attribute', 'distinct', 'reaching_back', 'plot_dfa',
            'where_it_reads', 'promoted', 'feature_page']
 
 # %% ../nbs/20_attention_saes.ipynb #ee9c0b7b
@@ -528,21 +528,31 @@ def attribute(
     return [Attribution(parts[:, :d+1], float(bias[f]), d, row[:d+1]) for parts,f,d,row in zip(found, features, at.tolist(), tokens)]
 
 # %% ../nbs/20_attention_saes.ipynb #e127d80a
+def distinct(
+    examples:Examples, # rows, the strongest first
+    n:int, # rows wanted
+    words:int=4, # up to the strongest place
+) -> Examples:
+    "The strongest rows, each reached by other words."
+    first = {}
+    for i,(row,at) in enumerate(zip(examples.tokens, examples.acts.argmax(1))): first.setdefault(tuple(row[max(0, at - words + 1):at + 1].tolist()), i)
+    return examples[list(first.values())[:n]]
+
 def reaching_back(
     model:LanguageModel, # under study
     sae:Dictionary, # of attention's output
     layer:int, # where it reads
     seen:Evidence, # of the same dictionary
     features:Iterable[int], # to choose from
-    n:int=2, # strongest rows each
+    n:int=4, # strongest rows each, at most
 ) -> dict[int, float]: # by feature
     "The share that earlier words have in the absolute contributions, position 0 apart, where features are strongest."
     features = [int(f) for f in features]
-    top = [seen.examples("top", f, slice(0, n)) for f in features]
-    rows, at = np.concatenate([e.tokens for e in top]), np.concatenate([e.acts.argmax(1) for e in top])
-    sources = [a.parts.abs().sum(0) for a in attribute(model, sae, layer, np.repeat(features, n), rows, at)]
-    share = torch.stack([v[1:-1].sum()/v.sum() for v in sources]).view(-1, n).mean(1)
-    return dict(zip(features, share.tolist()))
+    top = [distinct(seen.examples("top", f), n) for f in features]
+    rows, at, of = np.concatenate([e.tokens for e in top]), np.concatenate([e.acts.argmax(1) for e in top]), np.repeat(features, [len(e.tokens) for e in top])
+    sources = [a.parts.abs().sum(0) for a in attribute(model, sae, layer, of, rows, at)]
+    share = np.array([float(v[1:-1].sum()/v.sum()) for v in sources])
+    return {f: float(share[of == f].mean()) for f in features}
 
 # %% ../nbs/20_attention_saes.ipynb #065f0e0b
 def plot_dfa(

@@ -790,8 +790,8 @@ HEAD_CLAIMS = (
           "lower (features less tied to tokens) at the trained layer nearest two thirds of depth than at the first; partly if one."),
     Claim("P2-poly", "abstract, 4.1", "130 of 144",
           "At least 90% of heads are polysemantic",
-          "Share of the trained layers' heads with two or more unrelated families or token clusters among their top ten live features "
-          "of at least .9, and among their top 50; partly above .5."),
+          "In at least .9 of the trained layers' heads a fifth or more of the top ten live features is unrelated (by family and by "
+          "tokens) to the largest group, and so of the top 50; partly in more than half by the top ten."),
 )
 
 # %% ../nbs/00_core.ipynb #815172e4

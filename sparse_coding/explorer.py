@@ -413,9 +413,9 @@ def page(
         _BODY.format(about=about), f'<script type="application/json" id="data">{embed_json(data)}</script>', f"<script>{script}</script></body></html>"])
 
 # %% ../nbs/23_explorer.ipynb #803e39b0
-def _beginning(t):
-    "Where the page begins."
-    try: n = induction_root(t)
+def _beginning(t, most=None):
+    "Where the page begins: at a feature that can be opened."
+    try: n = induction_root(t, min(3, most or 3))
     except SparseCodingError: n = next((n for s in range(len(t.words) - 1, 0, -1) for l in sorted(t.active, reverse=True) for n in t.at(l, s)[:1]), None)
     if n is None: raise SparseCodingError("No attention feature is active in this text: try a longer one.")
     return dict(layer=n.layer, position=n.position, feature=n.feature)
@@ -442,7 +442,7 @@ def explore(
     p = paper_two(p)
     if (n := model.tokenize(prompt).shape[1]) > 128: raise SparseCodingError(f"This prompt has {n} tokens: the page has room for 128, so cut it.")
     t = trace(model, saes := saes or {l: attention_sae(p, model, l) for l in p.attn_layers}, prompt)
-    data = page_data(p, model, t, most, feature_notes(p, model, saes, t, most) if about else None) | {"start": _beginning(t)}
+    data = page_data(p, model, t, most, feature_notes(p, model, saes, t, most) if about else None) | {"start": _beginning(t, most)}
     path = Path(path or cache_dir()/"explorer.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")

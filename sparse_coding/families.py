@@ -343,7 +343,7 @@ CONTEXT = ("induction", "local context", "long-range context") # the three famil
 
 def pooled(
     found:dict[int, Families], # by layer
-    which:str, # "features" or "permuted"
+    which:str, # as for `Families.counted`
 ) -> dict[str, tuple[float, float]]: # by family: Wilson interval over all layers
     "How often the three families occur."
     counts = [f.counted(which) for f in found.values()]
@@ -378,6 +378,7 @@ def induction_features(
     tokens:Int[np.ndarray, "rows seq"], # the held-out rows
     model:LanguageModel, # whose words
     n:int=10, # how many
+    least:int=10, # strong contexts; features with fewer come last
 ) -> list[dict]: # layer, feature, the word's class, score, share; best first
     "Features that are about one word found by induction; where no feature belongs to the family, the best of the others."
     classes, rows, i = word_classes(model), [], FAMILIES.index("induction")
@@ -387,9 +388,9 @@ def induction_features(
         word, share = induced_words(c := read[l]["sae"][ids], words_back(c, tokens, classes))
         for j,w,s in zip(ids.tolist(), word.tolist(), share.tolist()):
             says = w in classes[c.promoted[ids.tolist().index(j)]]
-            rows.append({"layer": l, "feature": j, "word": w, "score": float(f.scores.values[j, i]), "share": s, "promotes it": says})
+            rows.append({"layer": l, "feature": j, "word": w, "score": float(f.scores.values[j, i]), "share": s, "promotes it": says, "contexts": int(read[l]["sae"].counts[j].sum())})
     if not rows: raise SparseCodingError("No feature fires in four held-out rows: give more text (n_heldout) or train longer (steps).")
-    return sorted(rows, key=lambda r: (not r["promotes it"], -r["score"]*r["share"]))[:n]
+    return sorted(rows, key=lambda r: (r["contexts"] < least, not r["promotes it"], -r["score"]*r["share"]))[:n]
 
 # %% ../nbs/21_families.ipynb #c4f1e0cc
 def after_the_same(

@@ -84,7 +84,8 @@ class Table(list):
         head = list(self[0])
         show = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,}" if isinstance(v, (int, float)) else str(v)
         rows = [head, ["---"]*len(head), *([show(r[k]) for k in head] for r in self)]
-        return "\n".join(f"| {' | '.join(c.replace('|', '&#124;') for c in row)} |" for row in rows)
+        safe = lambda c: c.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")           # a token may be half a tag
+        return "\n".join(f"| {' | '.join(map(safe, row))} |" for row in rows)
 
 # %% ../nbs/01_plots.ipynb #ec2b086e
 def figures_dir() -> Path:

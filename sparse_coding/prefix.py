@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['random_rows', 'induction_scores', 'induction_heads', 'matched', 'firing_lengths', 'belonging', 'plot_firing_lengths',
            'Prefixed', 'prefixed', 'logit_parts', 'by_length', 'pick_pair', 'difference', 'interval', 'plot_by_length',
-           'judge_hypothesis', 'Attending', 'attending', 'first_long', 'shortened', 'weights_at', 'intervene',
-           'plot_intervention', 'judge_prefix']
+           'judge_hypothesis', 'Attending', 'attending', 'first_long', 'shortened', 'disturbed', 'weights_at',
+           'intervene', 'plot_intervention', 'judge_prefix']
 
 # %% ../nbs/21_prefix.ipynb #d2f1bc7e
 from collections.abc import Iterable
@@ -348,6 +348,19 @@ def shortened(
         while _alike(model)[row[s - 2]] == _alike(model)[row[d - 1]]: row[s - 2] = rng.choice(others)
     return torch.from_numpy(new)
 
+def disturbed(
+    model:LanguageModel, # its vocabulary
+    tokens:Int[np.ndarray, "rows seq"], # text
+    where:Attending, # one per row
+    rng:np.random.Generator, # of the places and the tokens put in
+) -> Int[Tensor, "n seq"]: # the rows of `where`
+    "The same rows with one token replaced that is part of neither prefix, nor the source: what any change costs."
+    new = np.array(tokens)[where.row]
+    for row,d,s,n in zip(new, where.dst, where.src, where.prefix):
+        free = np.setdiff1d(np.arange(1, d), [*range(s - n, s + 1), *range(d - n + 1, d)])
+        if len(free): row[rng.choice(free)] = rng.choice(np.setdiff1d(_ordinary(model), row))
+    return torch.from_numpy(new)
+
 # %% ../nbs/21_prefix.ipynb #e9a67e37
 @torch.inference_mode()
 def weights_at(
@@ -376,12 +389,12 @@ def intervene(
         rng, found = np.random.default_rng(p.seed), {}
         for lk,where in attending(model, text.tokens, heads).items():
             first = first_long(where)[:most]
-            after = weights_at(model, shortened(model, text.tokens, first, rng), lk, first)
-            found |= {f"{lk[0]}.{lk[1]}.{k}": torch.from_numpy(np.array(v)) for k,v in (("lengths", where.prefix), ("before", first.weight), ("after", after))}
+            after, other = (weights_at(model, change(model, text.tokens, first, rng), lk, first) for change in (shortened, disturbed))
+            found |= {f"{lk[0]}.{lk[1]}.{k}": torch.from_numpy(np.array(v)) for k,v in (("lengths", where.prefix), ("before", first.weight), ("after", after), ("other", other))}
         save_file(found, folder/"intervention.safetensors")
     config = dict(model=model.fingerprint, rows=text.fingerprint, heads=heads, most=most, seed=p.seed)
-    found = load_file(load_or_compute("prefix_text", config, compute, code=(attending, first_long, shortened, weights_at))/"intervention.safetensors")
-    return {lk: {k: found[f"{lk[0]}.{lk[1]}.{k}"].double().numpy() for k in ("lengths", "before", "after")} for lk in heads}
+    found = load_file(load_or_compute("prefix_text", config, compute, code=(attending, first_long, shortened, disturbed, weights_at))/"intervention.safetensors")
+    return {lk: {k: found[f"{lk[0]}.{lk[1]}.{k}"].double().numpy() for k in ("lengths", "before", "after", "other")} for lk in heads}
 
 # %% ../nbs/21_prefix.ipynb #380ccde3
 def plot_intervention(
@@ -389,15 +402,15 @@ def plot_intervention(
     text:dict[str, dict], # by label, from `intervene`
     most:int=8, # lengths from here on in one bin
 ):
-    "Attention before and after shortening, and the lengths of the prefixes where heads attend."
+    "Attention as it is, with another token replaced, and with the prefix cut; and the lengths of the prefixes where heads attend."
     for i,((label,t),color) in enumerate(zip(text.items(), ("sae", "target", "ica"))):
-        for j,(k,alpha) in enumerate((("before", 1.), ("after", .45))):
+        for j,(k,alpha) in enumerate((("before", 1.), ("other", .7), ("after", .35))):
             mean, ends = interval(t[k])
-            axes[0].bar(i + (j - .5)*.38, mean, .34, color=COLORS[color], alpha=alpha)
-            if ends: axes[0].errorbar(i + (j - .5)*.38, mean, [[mean - ends[0]], [ends[1] - mean]], color=COLORS["ink"], lw=1)
+            axes[0].bar(i + (j - 1)*.28, mean, .25, color=COLORS[color], alpha=alpha)
+            if ends: axes[0].errorbar(i + (j - 1)*.28, mean, [[mean - ends[0]], [ends[1] - mean]], color=COLORS["ink"], lw=1)
         count = np.bincount(np.minimum(t["lengths"].astype(int), most), minlength=most + 1)
         axes[1].bar(np.arange(1, most + 1) + (i - len(text)/2 + .5)*.8/len(text), count[1:]/max(count[1:].sum(), 1), .75/len(text), color=COLORS[color], label=f"{label} ({count[0]/max(count.sum(), 1):.0%} match nothing)")
-    axes[0].set(xticks=range(len(text)), xticklabels=text, ylabel="attention to the source", ylim=(0, 1), title="real text: whole prefix, shortened")
+    axes[0].set(xticks=range(len(text)), xticklabels=text, ylabel="attention to the source", ylim=(0, 1), title="as it is, another changed, cut")
     axes[1].set(xticks=range(1, most + 1), xticklabels=[*range(1, most), f"{most}+"], xlabel="matching tokens where it attends", ylabel="share of those places", title="lengths in text")
     axes[1].legend()
     for ax in axes: ax.grid(axis="x", visible=False)

@@ -321,7 +321,7 @@ def plot_step(
     top.set(ylabel="head", xticks=range(len(words := [printable(w) for w in t.words[shown]])), yticks=range(0, len(taken), max(1, len(taken)//4)))
     top.set_xticklabels(words, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
     top.grid(False)
-    fig.colorbar(image, ax=top, format=lambda v,_: f"{v:.0%}", pad=.01)
+    fig.colorbar(image, ax=top, format=lambda v,_: f"{v:.0%}", pad=.01, label="share")
     kinds = by_kind(g)
     low.bar(list(kinds), list(kinds.values()), color=[COLORS[KINDS[k]] for k in kinds])
     low.bar_label(low.containers[0], [f"{round(100*v):+d}%" for v in kinds.values()], fontsize=7, padding=1)

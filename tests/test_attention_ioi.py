@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from sparse_coding.attention import freeze_norm
-from sparse_coding.attention_ioi import (Sentences, _kinds, at_place, by_order, feature_effects, greedy_pairs, judge_and, judge_gate, judge_pairs, judge_position, logit_difference,
-                                         losses_by_layer, name_movers, noising, plans, read_from, recovery, rotated, score_parts, sentences, spliced, together, variance_explained,
+from sparse_coding.attention_ioi import (Sentences, _kinds, at_mean, at_place, by_order, feature_effects, greedy_pairs, judge_and, judge_gate, judge_pairs, judge_position, lead, logit_difference,
+                                         losses_by_layer, name_movers, noising, plans, read_from, recovery, reordered, rotated, score_parts, sentences, spliced, together, variance_explained,
                                          written)
 from sparse_coding.core import Site, SparseCodingError
 from sparse_coding.dictionaries import TopKSAE
@@ -137,6 +137,13 @@ def test_reconstructions_leave_the_beginning(made):
     assert np.allclose(found, want, atol=2e-4*float(model.logits(s.tokens).abs().max()))
 
 
+def test_one_vector_leaves_the_beginning(made):
+    model, s, _ = made
+    site, mean = Site(1, "attn_z"), torch.linspace(-1, 1, model.d_in(Site(1, "attn_z")))
+    want = [gap(model, s, i, {site: lambda x: torch.cat([x[:, :1], mean.expand(1, x.shape[1] - 1, -1)], 1)}) for i in range(len(s))]
+    assert np.allclose(logit_difference(model, s, at_mean(site, mean)), want, atol=2e-4*float(model.logits(s.tokens).abs().max()))
+
+
 def test_noising_takes_attention_at_s2_from_the_other_sentence(made):
     model, _, _ = made
     planned, layers = plans(model, 4, 5), [1, 3]
@@ -155,6 +162,12 @@ def test_noising_takes_attention_at_s2_from_the_other_sentence(made):
             return put
         for name, keep in (("other names, filler", 1), ("zero", 0)):
             assert abs(gap(model, s, i, {site: fn(site, keep) for site in sites}) - found[name][i]) < tol
+    swapped = sentences(model, reordered(planned))
+    assert torch.equal(swapped.io, s.io) and torch.equal(swapped.at["S2"], s.at["S2"]) and torch.equal(swapped.at["IO"], s.at["S1"]) and list(swapped.order) == ["BABA", "ABBA"]*2
+    noised = noising(model, planned, layers, ())["the other order"]
+    theirs = model.run_to(swapped.tokens, [Site(l, "attn_out") for l in layers])
+    put = lambda site: lambda x: x.index_put((torch.arange(4), s.at["S2"]), theirs[site][torch.arange(4), s.at["S2"]])
+    assert np.allclose(noised, logit_difference(model, s, lambda part: {site: put(site) for site in theirs}), atol=tol)
 
 
 def test_queries_and_keys_are_those_of_the_model(made):
@@ -231,6 +244,7 @@ def test_shares_by_hand():
     clean, low = np.array([4., 6]), np.array([0., 2])
     assert recovery(clean, low, clean) == (1., (1., 1.)) and recovery(low, low, clean)[0] == 0
     assert np.isclose(recovery(np.array([2., 4]), low, clean)[0], .5)
+    assert lead(clean, clean, low, clean) == (0, 0) and np.allclose(lead(clean, low, low, clean), 1) and np.allclose(lead(np.array([3., 5]), np.array([1., 3]), low, clean), .5)
     rng = np.random.default_rng(0)
     parts = rng.normal(size=(200, 5))*[3, 1, .1, 2, 0]
     target = parts.sum(1)

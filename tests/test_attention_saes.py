@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from sparse_coding.attention_saes import (PAPER, Attribution, agreement, attention_evidence, attention_fidelity, attention_losses, attention_recipes,
-    attention_results, attention_sae, attention_stores, attribute, attribution_pairs, begin_at, contributions, encoder_bias, head_attribution, head_shares, judge_attribution,
+    attention_results, attention_sae, attention_stores, attribute, attribution_pairs, begin_at, contributions, distinct, encoder_bias, head_attribution, head_shares, judge_attribution,
     judge_interp, judge_table, live, manner, paper_two, promoted, reaching_back, recovered, schedule, train_attention, where_it_reads, z_directions)
 from sparse_coding.core import PRESETS, Preset, Site, SparseCodingError, write_json
 from sparse_coding.dictionaries import TopKSAE, UntiedSAE, load_dictionary
@@ -247,14 +247,21 @@ def test_where_it_reads_and_how_far_back(tiny):
     p, model = tiny
     seen, sae = attention_evidence(p, model, 3), attention_sae(p, model, 3)
     f = int(seen.fires.argmax())
-    top = seen.examples("top", f, slice(0, 2))
-    found = attribute(model, sae, 3, [f, f], top.tokens, top.acts.argmax(1))
+    top = distinct(seen.examples("top", f), 4)
+    found = attribute(model, sae, 3, [f]*len(top), top.tokens, top.acts.argmax(1))
     reads = where_it_reads(top, found)
     assert (reads.acts[:, 0] == 0).all() and reads.tokens is top.tokens
     assert reads.acts[0, 1:found[0].at + 1] == pytest.approx(found[0].parts.sum(0)[1:].numpy(), abs=1e-6)
     shares = [v[1:-1].sum()/v.sum() for v in (a.parts.abs().sum(0) for a in found)]
     assert reaching_back(model, sae, 3, seen, [f])[f] == pytest.approx(float(np.mean(shares)), abs=1e-5)
     assert isinstance(top, Examples) and found[0].total == pytest.approx(float(top.acts[0].max()), rel=2e-2, abs=1e-2)
+
+
+def test_of_places_reached_by_the_same_words_the_strongest_counts():
+    tokens = np.array([[1, 5, 6, 7, 8], [2, 5, 6, 7, 8], [1, 5, 9, 7, 8], [5, 6, 7, 3, 4]])
+    acts = np.array([[0, 0, 0, 3., 1], [0, 0, 0, 2., 0], [0, 0, 0, 1., 0], [0, 0, .5, 0, 0]])
+    examples = Examples(np.arange(4), tokens, acts, acts >= 0)
+    assert distinct(examples, 9, words=3).ids.tolist() == [0, 2] and distinct(examples, 9).ids.tolist() == [0, 1, 2, 3] and distinct(examples, 1, words=3).ids.tolist() == [0]
 
 
 def test_directions_to_compare_with(tiny):

@@ -6,7 +6,7 @@ import torch
 
 from sparse_coding.core import Site, SparseCodingError, preset
 from sparse_coding.dictionaries import TopKSAE
-from sparse_coding.explorer import KINDS, UNIT, contexts_of, embed_json, explore, features_at, page, page_data, promotes
+from sparse_coding.explorer import KINDS, UNIT, _beginning, contexts_of, embed_json, explore, features_at, page, page_data, promotes
 from sparse_coding.models import load_model
 from sparse_coding.recursive import Node, trace, trace_back
 from tiny import tiny_model
@@ -71,6 +71,13 @@ def test_only_the_strongest_features_when_asked(llama):
     t = trace(llama, dictionaries(llama), PROMPT)
     some, every = features_at(t, 3, most=2), features_at(t, 3)
     assert some[0] == every[0] == [] and all([r[0] for r in a] == [r[0] for r in b[:2]] for a,b in zip(some, every))
+
+
+def test_the_page_begins_at_a_feature_that_can_be_opened(llama):
+    t = trace(llama, dictionaries(llama), PROMPT)
+    for most in (1, 2, None):
+        start = _beginning(t, most)
+        assert start["feature"] in [n.feature for n in t.at(start["layer"], start["position"])[:most]]
 
 
 def test_where_a_feature_fires_most(llama):

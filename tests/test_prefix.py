@@ -8,7 +8,7 @@ from sparse_coding.attention import freeze_norm
 from sparse_coding.core import Site, SparseCodingError
 from sparse_coding.effects import final_norm
 from sparse_coding.models import load_model
-from sparse_coding.prefix import (Attending, attending, belonging, by_length, difference, first_long, induction_heads, induction_scores, interval, judge_hypothesis,
+from sparse_coding.prefix import (Attending, attending, belonging, by_length, difference, disturbed, first_long, induction_heads, induction_scores, interval, judge_hypothesis,
                                   judge_prefix, logit_parts, matched, pick_pair, prefixed, random_rows, shortened, weights_at)
 from tiny import tiny_model
 
@@ -127,6 +127,16 @@ def test_shortening_changes_one_token_and_leaves_one_match(llama):
     changed = new != rows.tokens
     assert (changed.sum(1) == 1).all() and changed[torch.arange(n), rows.src - 2].all()
     assert (matched(llama, new.numpy())[np.arange(n), rows.dst, rows.src] == 1).all()
+
+
+def test_disturbing_leaves_the_match_as_it_is(llama):
+    rows = prefixed(llama, 4, 12, 30)
+    n = len(rows)
+    where = Attending(np.arange(n), rows.dst.numpy(), rows.src.numpy(), np.ones(n), np.full(n, 4))
+    new = disturbed(llama, rows.tokens.numpy(), where, np.random.default_rng(0))
+    changed = new != rows.tokens
+    assert (changed.sum(1) == 1).all() and not changed[:, 0].any() and not changed[torch.arange(n), rows.src].any() and (changed.int().argmax(1) < rows.dst).all()
+    assert (matched(llama, new.numpy())[np.arange(n), rows.dst, rows.src] == 4).all()
 
 
 def test_the_first_place_of_each_row():

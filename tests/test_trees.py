@@ -8,11 +8,12 @@ from scipy.stats import rankdata
 
 from sparse_coding import trees
 from sparse_coding.activations import load_store
-from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError
+from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError, preset
 from sparse_coding.corpora import load_rows
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.effects import final_norm
-from sparse_coding.fragments import FragmentStore
+from sparse_coding.fragments import FragmentStore, evidence
+from sparse_coding.lexicon import TokenLexicon
 from sparse_coding.models import LAYOUTS, load_model
 from sparse_coding.trees import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
 from tiny import TEXT, tiny_model
@@ -235,6 +236,10 @@ def test_a_tree_of_a_chain(llama):
         assert e["cosine"] == pytest.approx(float(llama.saes[l].W_dec[j] @ llama.saes[u].W_dec[k]), abs=1e-5)
         assert e["weight"] == pytest.approx(causes(llama, u, k, 5).weight[j])
     label = trees.words(llama, [e["cause"] for e in tree])
+    said, lexicon = trees.explanations(preset("quick"), llama, [(1, 5), (4, feature)], 2), TokenLexicon(8)
+    found = evidence(preset("quick"), llama.model, llama.saes[4], Site(4), llama.store)
+    ids = lexicon.explain([found.shown(feature)])[0].tokens
+    assert said[4, feature].split("  ") == list(dict.fromkeys(trees._quoted(trees.printable(t).strip(" ") or "␣") for t in llama.model.str_tokens(ids)))[:2]
     acts = llama.acts(*(first := tree[0]["cause"])[:1], [first[1]])[..., 0]
     assert set(label) == {e["cause"] for e in tree}
     text = trees.printable(llama.model.str_tokens([np.bincount(llama.tokens.ravel(), acts.ravel()).argmax()])[0]).strip(" ") or "␣"
