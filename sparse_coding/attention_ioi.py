@@ -368,6 +368,7 @@ def noising(
     found = load_file(load_or_compute("ioi_noised", config, compute, code=(_noised, reordered, written, sentences, logit_difference))/"noised.safetensors")
     return {k: found[k].numpy() for k in ("clean", "zero", "mean", "other names, filler", "other names", "the other order", *single)}
 
+# %% ../nbs/22_attention_ioi.ipynb #8df94edd
 def reordered(
     planned:list[dict], # from `plans`
 ) -> list[dict]:
@@ -387,7 +388,7 @@ def _noised(model, planned, layers, conjunctions, place):
     return {"clean": put(own), "zero": put({k: 0*v for k,v in own.items()}), "mean": put({k: v.mean(0).expand_as(v) for k,v in own.items()}),
             "the other order": put(there(sentences(model, reordered(planned)))), **{name: put(there(sentences(model, planned, **how))) for name,how in tqdm(others.items(), "noising", leave=False, delay=2)}}
 
-# %% ../nbs/22_attention_ioi.ipynb #8df94edd
+# %% ../nbs/22_attention_ioi.ipynb #01f3fb61
 def lead(
     a:Float[np.ndarray, "n"], # logit differences of the same sentences
     b:Float[np.ndarray, "n"], # likewise
@@ -400,6 +401,7 @@ def lead(
     gap = (a[rows].mean(-1) - b[rows].mean(-1))/(clean[rows].mean(-1) - low[rows].mean(-1))
     return tuple(float(q) for q in np.quantile(gap, (.025, .975)))
 
+# %% ../nbs/22_attention_ioi.ipynb #056d3e4a
 def recovery(
     noised:Float[np.ndarray, "n"], # logit differences
     low:Float[np.ndarray, "n"], # with zero, or the mean, in its place

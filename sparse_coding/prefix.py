@@ -348,6 +348,7 @@ def shortened(
         while _alike(model)[row[s - 2]] == _alike(model)[row[d - 1]]: row[s - 2] = rng.choice(others)
     return torch.from_numpy(new)
 
+# %% ../nbs/21_prefix.ipynb #1c7872c2
 def disturbed(
     model:LanguageModel, # its vocabulary
     tokens:Int[np.ndarray, "rows seq"], # text
