@@ -8,21 +8,11 @@ import torch
 
 from sparse_coding.core import RULES, Site
 from sparse_coding.dictionaries import TopKSAE
-from sparse_coding.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Contexts, Families, Scores, after_the_same, attribute, counterfactuals, drops,
+from sparse_coding.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same, attribute, counterfactuals, drops,
                                     family_scores, fit, induced_words, masses, matches, members, plot_families, plot_specificity,
                                     random_like, silenced, successors, sums, thresholds, top_tokens, try_feature, usual, word_classes, words_back)
 from sparse_coding.models import load_model
-from tiny import tiny_model
-
-
-def contexts(f=5, n=6, seq=80, vocab=12, rows=30, seed=0):
-    "Random places in random text, with random attributions."
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda high, *shape: torch.randint(high, shape, generator=g)
-    pos = draw(seq - 4, f, n) + 4
-    dfa = torch.randn(f, n, seq, generator=g)*(torch.arange(seq) <= pos[..., None])
-    c = Contexts(draw(rows, f, n), pos, torch.rand(f, n, generator=g) + 1, dfa, torch.zeros(f, n, 4), draw(vocab, f, 10), draw(vocab, f, 10))
-    return c, draw(vocab, rows, seq).numpy()
+from tiny import contexts, tiny_model
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])

@@ -5,21 +5,17 @@ import pytest
 import torch
 
 from sparse_coding.core import RULES, Site, SparseCodingError
-from sparse_coding.families import FAMILIES, Contexts, Families, Scores
+from sparse_coding.families import FAMILIES, Families, Scores
 from sparse_coding.heads import (Kinship, chance_pairs, groups, kinship, made_up, mean_words, plot_heads, plot_jobs, polysemantic, reads, shared,
                                  top_features, two_jobs, without_heads)
 from sparse_coding.models import load_model
+import tiny
 from tiny import tiny_model
 
 
 def contexts(f=8, n=5, seq=60, vocab=30, rows=20, seed=0):
-    "Random places in random text, with random attributions."
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda high, *shape: torch.randint(high, shape, generator=g)
-    pos = draw(seq - 8, f, n) + 6
-    dfa = torch.randn(f, n, seq, generator=g)*(torch.arange(seq) <= pos[..., None])
-    c = Contexts(draw(rows, f, n), pos, torch.rand(f, n, generator=g) + .3, dfa, torch.zeros(f, n, 4), draw(vocab, f, 10), draw(vocab, f, 10))
-    return c, draw(vocab, rows, seq).numpy()
+    "Places with text before and behind, some too weak to count."
+    return tiny.contexts(f, n, seq, vocab, rows, seed, first=6, end=seq - 2, weakest=.3)
 
 
 def related_in(matrix): return lambda ids: matrix[ids][:, ids]
@@ -139,7 +135,7 @@ def test_without_heads_against_a_plain_hook(model, layer):
     d = model.d_in(site)//model.n_heads
     for i,(ids,target) in enumerate(prompts):
         for k in range(model.n_heads):
-            def cut(z): z = z.clone(); z[..., k*d:(k + 1)*d] = mean[k*d:(k + 1)*d]; return z
+            def cut(z): z = z.clone(); z[:, 1:, k*d:(k + 1)*d] = mean[k*d:(k + 1)*d]; return z
             clean, gone = (v[0, -1].log_softmax(-1)[target] for v in (model.logits(torch.tensor([ids])), model.run_with(torch.tensor([ids]), {site: cut})))
             assert abs(float(found[i, k]) - float(clean - gone)) < 1e-3
 

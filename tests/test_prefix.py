@@ -119,24 +119,26 @@ def test_attending_finds_what_loops_find(llama):
         assert_close(torch.from_numpy(weights_at(llama, torch.from_numpy(tokens[found.row]), (l, k), found, 3)), torch.from_numpy(found.weight), atol=1e-5, rtol=1e-3)
 
 
+def four_alike(model, n=12):
+    "Rows in which four tokens match, and where."
+    rows = prefixed(model, 4, n, 30)
+    return rows, Attending(np.arange(n), rows.dst.numpy(), rows.src.numpy(), np.ones(n), np.full(n, 4))
+
+
 def test_shortening_changes_one_token_and_leaves_one_match(llama):
-    rows = prefixed(llama, 4, 12, 30)
-    n = len(rows)
-    where = Attending(np.arange(n), rows.dst.numpy(), rows.src.numpy(), np.ones(n), np.full(n, 4))
+    rows, where = four_alike(llama)
     new = shortened(llama, rows.tokens.numpy(), where, np.random.default_rng(0))
     changed = new != rows.tokens
-    assert (changed.sum(1) == 1).all() and changed[torch.arange(n), rows.src - 2].all()
-    assert (matched(llama, new.numpy())[np.arange(n), rows.dst, rows.src] == 1).all()
+    assert (changed.sum(1) == 1).all() and changed[where.row, rows.src - 2].all()
+    assert (matched(llama, new.numpy())[where.row, rows.dst, rows.src] == 1).all()
 
 
 def test_disturbing_leaves_the_match_as_it_is(llama):
-    rows = prefixed(llama, 4, 12, 30)
-    n = len(rows)
-    where = Attending(np.arange(n), rows.dst.numpy(), rows.src.numpy(), np.ones(n), np.full(n, 4))
+    rows, where = four_alike(llama)
     new = disturbed(llama, rows.tokens.numpy(), where, np.random.default_rng(0))
     changed = new != rows.tokens
-    assert (changed.sum(1) == 1).all() and not changed[:, 0].any() and not changed[torch.arange(n), rows.src].any() and (changed.int().argmax(1) < rows.dst).all()
-    assert (matched(llama, new.numpy())[np.arange(n), rows.dst, rows.src] == 4).all()
+    assert (changed.sum(1) == 1).all() and not changed[:, 0].any() and not changed[where.row, rows.src].any() and (changed.int().argmax(1) < rows.dst).all()
+    assert (matched(llama, new.numpy())[where.row, rows.dst, rows.src] == 4).all()
 
 
 def test_the_first_place_of_each_row():

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast)
 
 from sparse_coding.dictionaries import TiedSAE
+from sparse_coding.families import Contexts
 
 TEXT = """When Mary and John went to the store, John gave a drink to Mary. It's a small store, and it doesn't sell much:
 bread, milk, apples, and the newspaper of the day before. The keeper of the store counts the apples every morning and
@@ -62,3 +63,13 @@ def sparse(d=32, n=48, bias=-.6, most=3., cls=TiedSAE, **how):
     sae = cls(d, n, seed=3, **how)
     sae.b_enc.data += bias*torch.linspace(.2, most, n)
     return sae.requires_grad_(False)
+
+
+def contexts(f=5, n=6, seq=80, vocab=12, rows=30, seed=0, first=4, end=None, weakest=1.):
+    "Random places in random text, with random attributions."
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda high, *shape: torch.randint(high, shape, generator=g)
+    pos = draw((end or seq) - first, f, n) + first
+    dfa = torch.randn(f, n, seq, generator=g)*(torch.arange(seq) <= pos[..., None])
+    c = Contexts(draw(rows, f, n), pos, torch.rand(f, n, generator=g) + weakest, dfa, torch.zeros(f, n, 4), draw(vocab, f, 10), draw(vocab, f, 10))
+    return c, draw(vocab, rows, seq).numpy()
