@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'METHODS', 'BASELINES', 'SignedDictionary', 'fixed', 'load_baseline', 'random_rotation', 'covariance',
-           'principal', 'independent', 'read_as', 'nearest_recipe', 'working_k', 'ica_budget', 'fit', 'fitted',
-           'baseline', 'few_features', 'plot_few_features', 'plot_tails', 'random_weights_model', 'control_preset',
-           'train_control', 'plot_control']
+           'principal', 'fast_ica', 'independent', 'read_as', 'nearest_recipe', 'working_k', 'ica_budget', 'fit',
+           'fitted', 'baseline', 'few_features', 'plot_few_features', 'plot_tails', 'random_weights_model',
+           'control_preset', 'train_control', 'plot_control']
 
 # %% ../nbs/09_baselines.ipynb #eac90e02
-import copy, math, time, warnings
+import contextlib, copy, math, time, warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +109,21 @@ def principal(
     return rows*largest.sign(), variance.flip(0).clamp_min(0)
 
 # %% ../nbs/09_baselines.ipynb #c2e60394
+def fast_ica(
+    white:Float[Tensor, "n m"], # uncorrelated columns of variance 1, in float64
+    max_iter:int, # steps at most
+    seed:int, # of the starting point
+) -> tuple[FastICA, bool]: # the fit, with orthogonal rows, and whether it converged
+    "FastICA in float32, and in float64 where rounding defeats that; raises if both fail."
+    for x in (white.float(), white):
+        with warnings.catch_warnings(record=True) as told, contextlib.suppress(np.linalg.LinAlgError):
+            warnings.simplefilter("always")
+            ica = FastICA(whiten=False, max_iter=max_iter, random_state=seed).fit(x.numpy())
+            if np.allclose(ica.components_ @ ica.components_.T, np.eye(x.shape[1]), atol=1e-3):
+                return ica, not any(w.category is ConvergenceWarning for w in told)
+    raise SparseCodingError(f"FastICA found no orthogonal components with seed {seed}: try another one, or more rows.")
+
+# %% ../nbs/09_baselines.ipynb #59e2794d
 def independent(
     x:Float[Tensor, "n d"], # activations in memory
     max_iter:int=200, # of FastICA; scikit-learn's default
@@ -120,15 +135,12 @@ def independent(
     sd[sd == 0] = 1.
     variances, axes = torch.linalg.eigh(cov/torch.outer(sd, sd))
     axes, spread = axes[:, variances > 1e-6], variances[variances > 1e-6].sqrt()
-    white = ((x - mean)/sd @ (axes/spread)).float().numpy()
     cores = 1 if x.numel() < 1e7 else torch.get_num_threads()               # a small problem gains nothing from a second core
-    with warnings.catch_warnings(record=True) as told, threads(cores):
-        warnings.simplefilter("always")
-        ica = FastICA(whiten=False, max_iter=max_iter, random_state=seed).fit(white)
+    with threads(cores): ica, converged = fast_ica((x - mean)/sd @ (axes/spread), max_iter, seed)
     turn = torch.tensor(ica.components_).double()
     columns, readers = sd[:, None]*(axes*spread) @ torch.linalg.inv(turn), axes/spread @ turn.T/sd[:, None]
     length = columns.norm(dim=0)
-    facts = dict(rows=n, iterations=ica.n_iter_, converged=not any(w.category is ConvergenceWarning for w in told))
+    facts = dict(rows=n, iterations=ica.n_iter_, converged=converged)
     return (columns/length).T, readers*length, mean, facts
 
 # %% ../nbs/09_baselines.ipynb #fc9e0fb4

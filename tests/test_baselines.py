@@ -78,6 +78,30 @@ def test_ica_says_when_it_was_stopped():
     assert done["converged"] and 1 < done["iterations"] < 200
 
 
+@pytest.mark.parametrize("error", [True, False])
+def test_ica_goes_on_in_float64_where_float32_blows_up(monkeypatch, error):
+    "Rounding makes an eigenvalue negative: scikit-learn either goes on with rows of 10^15, or raises."
+    plain, seen = np.linalg.eigh, []
+    def eigh(a, *args, **kw):
+        seen.append(a.dtype)
+        values, vectors = plain(a, *args, **kw)
+        if a.dtype == np.float32:
+            if error: raise np.linalg.LinAlgError("did not converge")
+            values[0] = -1e-6
+        return values, vectors
+    x = torch.tensor(sources()).float() @ randn(3, 3)
+    monkeypatch.setattr("sklearn.decomposition._fastica.linalg.eigh", eigh)
+    rows, readers, mean, facts = independent(x)
+    assert set(seen) == {np.dtype("float32"), np.dtype("float64")} and facts["converged"]
+    assert fvu(x, fixed(rows, readers, mean, signed=True)(x)) < 1e-8
+
+
+def test_ica_that_cannot_be_done_says_so(monkeypatch):
+    def eigh(*args, **kw): raise np.linalg.LinAlgError("did not converge")
+    monkeypatch.setattr("sklearn.decomposition._fastica.linalg.eigh", eigh)
+    with pytest.raises(SparseCodingError, match="seed 3"): independent(torch.tensor(sources()).float(), seed=3)
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 12])
 def test_topk_keeps_the_largest_of_both_ends(k):
     found, x = directions(), randn(50, 6, seed=9)
