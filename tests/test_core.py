@@ -107,3 +107,11 @@ def test_records_keep_each_other_and_verdicts_follow(tmp_path, monkeypatch):
     assert {r["verdict"] for r in rows.values()} == {"not comparable", "partly", "not measured"}
     record("P1-fig3l", {}, working="SAE")                                       # as an older version may have written it
     with pytest.raises(SparseCodingError, match="P1-fig3l has no 'intervals'"): report(tmp_path/"claims.json")
+
+
+@pytest.mark.parametrize("medium, error, choice", [
+    (.5, 4e-7, "medium"), (1.05, 4e-7, "medium"), (1.3, 4e-7, "highest"), (.2, 3e-3, "highest")])
+def test_the_product_is_chosen_by_accuracy_and_not_by_a_busy_moment(monkeypatch, medium, error, choice):
+    "Twice as fast; about equal; clearly slower; fast because it is bfloat16."
+    monkeypatch.setattr(core, "probe_matmul", lambda: {"highest": (1., 3e-7), "high": (1., 3e-7), "medium": (medium, error)})
+    assert core.best_matmul.__wrapped__() == choice
