@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['interleave_times', 'median_ratio', 'cut_model', 'bare_forward', 'harvest_ways', 'harvest_errors', 'bench_harvest',
-           'evidence_ways', 'bench_fragments', 'plain_visits', 'bench_acdc']
+           'evidence_ways', 'bench_fragments', 'plain_visits', 'to_search', 'bench_acdc', 'bench_search']
 
 # %% ../nbs/80_bench.ipynb #6cc1a459
 import copy
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 # %% ../nbs/80_bench.ipynb #9dccd22b
+import numpy as np
 import torch
 from torch import nn
 
 # %% ../nbs/80_bench.ipynb #28efb7a5
 from .activations import batch_rows, harvest, relative_error
 from .baselines import baseline
-from .core import Preset, Recipe, Site, best_matmul, cache_dir, fast_matmul
+from .core import Preset, Recipe, Site, best_matmul, cache_dir, fast_matmul, probe_matmul
 from .corpora import load_rows
 from .dictionaries import Dictionary, TiedSAE
 from .fragments import FRAGMENT, Collector
-from .ioi import Patching, attribution, ioi_pairs, start_search, sweep_once, visits
+from .ioi import Patching, acdc, attribution, ioi_pairs, start_search, sweep_once, visits
 from .models import LanguageModel, load_model
 from .training import dictionary
 
@@ -183,6 +185,18 @@ def plain_visits(
     return [j for j in todo if j not in kept]
 
 # %% ../nbs/80_bench.ipynb #91bf3453
+def to_search(
+    p:Preset, # model, layer and dictionary
+    n_pairs:int, # of sentences
+    which:tuple=("SAE", "PCA"), # decompositions
+) -> Iterator[tuple[str, Patching]]: # by name
+    "The cases whose search is timed."
+    model = load_model(p.model, fold=p.fold)
+    pairs = ioi_pairs(model, n_pairs, p.seed)
+    for name in which:
+        sae = baseline(p, model, p.site, "pca") if name == "PCA" else dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))
+        yield name, Patching(model, pairs, p.layer, sae)
+
 def bench_acdc(
     p:Preset, # model, layer and dictionary
     n_pairs:int=50, # of sentences
@@ -190,10 +204,8 @@ def bench_acdc(
     tau:float=1e-3, # threshold
 ) -> list[dict]: # per decomposition: seconds per visit, and how much faster the first sweep over all features is
     "ACDC's first sweep against one full forward pass per visit, in one run, with the decisions compared."
-    model, found = load_model(p.model, fold=p.fold), []
-    pairs, rounds = ioi_pairs(model, n_pairs, p.seed), 2
-    for name,sae in (("SAE", dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))), ("PCA", baseline(p, model, p.site, "pca"))):
-        case = Patching(model, pairs, p.layer, sae)
+    rounds, found = 2, []
+    for name,case in to_search(p, n_pairs):
         todo, rise = visits(case.live, p.seed, 0), dict(enumerate((-attribution(case, (1.,))).tolist()))
         with torch.inference_mode():
             plain = interleave_times({"plain": lambda: plain_visits(case, todo[:sample], tau)}, rounds)["plain"]
@@ -201,6 +213,22 @@ def bench_acdc(
             dropped = [j for j,*_ in sweep_once(case, start_search(case, case.live), list(todo), tau, rise)]
             fast, slow = time.perf_counter() - start, statistics.median(plain)/(sample + 1)
             same = plain_visits(case, todo[:sample], tau) == [j for j in todo[:sample] if j in dropped]
-        found.append({"decomposition": name, "features": sae.d_sae, "differ": len(todo), "pairs": n_pairs, "plain_seconds_per_visit": slow,
-                      "seconds_per_visit": fast/len(todo), "visit_times_faster": slow*len(todo)/fast, "sweep_times_faster": slow*sae.d_sae/fast, "same": same})
+        found.append({"decomposition": name, "features": case.sae.d_sae, "differ": len(todo), "pairs": n_pairs, "plain_seconds_per_visit": slow,
+                      "seconds_per_visit": fast/len(todo), "visit_times_faster": slow*len(todo)/fast, "sweep_times_faster": slow*case.sae.d_sae/fast, "same": same})
+    return found
+
+# %% ../nbs/80_bench.ipynb #bbac1fb0
+def bench_search(
+    p:Preset, # model, layer and dictionary
+    n_pairs:int=50, # of sentences
+    thresholds:int=20, # from 1e-5 to 1 nat
+    which:tuple=("SAE", "PCA"), # decompositions
+) -> list[dict]: # per decomposition: seconds of a whole search, and how fast the machine's product is
+    "ACDC over all thresholds, as Figure 3 needs it."
+    found, product = [], 2*1024*576*1152/probe_matmul()[best_matmul()][0]
+    for name,case in to_search(p, n_pairs, which):
+        start = time.perf_counter()
+        acdc(case, np.logspace(-5, 0, thresholds), p.seed)
+        found.append({"decomposition": name, "layer": case.layer, "features": case.sae.d_sae, "differ": len(case.live), "pairs": n_pairs,
+                      "thresholds": thresholds, "seconds": time.perf_counter() - start, "product_gflop_per_second": product/1e9})
     return found

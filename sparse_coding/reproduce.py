@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .activations import estimate_harvest
 from .attention_saes import attention_recipes, paper_two
-from .bench import bench_acdc, bench_fragments, bench_harvest
+from .bench import bench_acdc, bench_fragments, bench_harvest, bench_search
 from .bench_training import bench_training
 from .core import (CLAIMS, PRESETS, WHEELS, Preset, SparseCodingError, fetch, preset, provenance, read_json,
     report, repository, study, write_json)
@@ -283,7 +283,7 @@ def parser() -> argparse.ArgumentParser:
     reporting.add_argument("--out", type=Path, metavar="DIR", help="folder of the run; without it the committed laptop results")
     reporting.add_argument("--write", action="store_true", help="write the table into README.md")
     benching = add("bench", "Measure speed, side by side in one run.", preset_arguments())
-    benching.add_argument("what", choices=["harvest", "train", "fragments", "acdc"])
+    benching.add_argument("what", choices=["harvest", "train", "fragments", "acdc", "search"])
     benching.add_argument("--peer", action="append", default=[], metavar="PYTHON", help="train: also time the public trainers of this environment")
     for command in (reporting, benching): command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return top
@@ -345,7 +345,8 @@ def run_bench(
 ):
     "Run a benchmark and print its rows."
     p = preset_from(args)
-    rows = {"harvest": bench_harvest, "fragments": bench_fragments, "acdc": bench_acdc, "train": lambda p: bench_training(p, tuple(args.peer))}[args.what](p)
+    rows = {"harvest": bench_harvest, "fragments": bench_fragments, "acdc": bench_acdc, "search": bench_search,
+            "train": lambda p: bench_training(p, tuple(args.peer))}[args.what](p)
     if args.json: print(json.dumps(rows, indent=1)); return
     for row in rows: print("  ".join(f"{k} {show_number(v)}" for k,v in row.items()))
 
