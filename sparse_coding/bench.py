@@ -197,6 +197,7 @@ def to_search(
         sae = baseline(p, model, p.site, "pca") if name == "PCA" else dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))
         yield name, Patching(model, pairs, p.layer, sae)
 
+# %% ../nbs/80_bench.ipynb #4c4f37e4
 def bench_acdc(
     p:Preset, # model, layer and dictionary
     n_pairs:int=50, # of sentences
