@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PRELUDE', 'MARKERS', 'notebooks', 'code_of', 'choose', 'Runner', 'NotebookFailed', 'failure', 'interruptible',
            'execute', 'estimate', 'estimate_line', 'done_key', 'environment', 'ledger_of', 'reproduce', 'show_number',
-           'table', 'write_readme', 'preset_arguments', 'choice_arguments', 'parser', 'preset_from', 'run_reproduce',
-           'run_fetch', 'run_report', 'run_bench', 'main']
+           'table', 'tally', 'write_readme', 'preset_arguments', 'choice_arguments', 'parser', 'preset_from',
+           'run_reproduce', 'run_fetch', 'run_report', 'run_bench', 'main']
 
 # %% ../nbs/90_reproduce.ipynb #d5f15c0b
 import argparse, atexit, hashlib, json, logging, os, re, shutil, subprocess, sys, time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -233,19 +234,28 @@ def table(
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/90_reproduce.ipynb #9f7c286d
+def tally(
+    rows:list[dict], # from `report`
+) -> str: # a sentence
+    "How many claims hold."
+    n = Counter(r["verdict"] for r in rows)
+    return (f"Of {len(rows)} claims {n['holds']} hold, {n['partly']} hold in part and {n['does not hold']} do not; "
+            f"{n['not comparable']} are shown and not judged, {n['not measured']} not measured.")
+
+# %% ../nbs/90_reproduce.ipynb #a3fd8349
 MARKERS = "<!-- claims: written by `sparse-coding report --write` -->", "<!-- end of claims -->"
 
 def write_readme(
     rows:list[dict], # from `report`
     readme:Path, # a file with the two MARKERS
 ):
-    "Put the table of claims between the two markers."
+    "Put the tally and the table of claims between the two markers."
     text = readme.read_text(encoding="utf-8")
     if any(text.count(m) != 1 for m in MARKERS):
         raise SparseCodingError(f"{readme.name} must hold the line {MARKERS[0]!r} and the line {MARKERS[1]!r} once each.")
     before, rest = text.split(MARKERS[0])
     part = readme.with_name(readme.name + ".tmp")
-    part.write_text(before + MARKERS[0] + "\n" + table(rows) + MARKERS[1] + rest.split(MARKERS[1])[1], encoding="utf-8")
+    part.write_text(before + MARKERS[0] + "\n" + tally(rows) + "\n\n" + table(rows) + MARKERS[1] + rest.split(MARKERS[1])[1], encoding="utf-8")
     os.replace(part, readme)
 
 # %% ../nbs/90_reproduce.ipynb #eca44d5a

@@ -56,3 +56,12 @@ def test_links_between_notebooks_lead_somewhere():
         text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(map(source, cells(path, "markdown")))
         for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", text):
             assert (path.parent/target).exists(), f"{path.name} links to {target}"
+
+
+def test_readme_and_last_page_say_what_the_ledger_says():
+    from sparse_coding.core import report
+    from sparse_coding.reproduce import table, tally
+    rows = report(ROOT/"nbs"/"claims"/"laptop.json")
+    assert tally(rows) + "\n\n" + table(rows) in (ROOT/"README.md").read_text(encoding="utf-8"), "sparse-coding report --write"
+    stored = json.dumps([c["outputs"] for c in cells(ROOT/"nbs"/"90_reproduce.ipynb", "code")])
+    for paper in ("P1", "P2"): assert tally([r for r in rows if r["paper"] == paper]) in stored, f"the tally of {paper} in 90_reproduce"
