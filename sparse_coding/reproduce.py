@@ -144,8 +144,9 @@ def estimate(
     harvests = [estimate_harvest(model, q.n_tokens + q.n_heldout + 64*q.n_fragments, list(dict.fromkeys(g[0].site for g in groups)), q.row_len) for q,groups in todo]
     parts = [estimate_training(g, model.d_in(g[0].site), q.batch_size, q.steps_at(g[0].site)) for q,groups in todo for g in groups]
     weights = sum(w.numel()*w.element_size() for w in model.hf.parameters())
-    return {"start": 15.*len(paths), "harvest": sum(h["seconds"] for h in harvests), "training": sum(e["seconds"] for e in parts),
-            "disk": sum(h["bytes"] for h in harvests) + weights, "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
+    trained = sum(32*r.ratio*model.d_in(r.site)**2 for _,groups in todo for g in groups for r in g)    # weights, and a checkpoint with moments
+    return {"start": 40.*len(paths), "harvest": sum(h["seconds"] for h in harvests), "training": sum(e["seconds"] for e in parts),
+            "disk": int(1.25*(sum(h["bytes"] for h in harvests) + weights + trained)), "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
 # %% ../nbs/90_reproduce.ipynb #2c3ce1fa
 def estimate_line(
@@ -155,7 +156,7 @@ def estimate_line(
     "An estimate in words."
     minutes = sum(cost[k] for k in ("start", "harvest", "training"))/60
     return (f"preset {p.name}: about {max(minutes, 1):.0f} min on this machine if nothing is cached "
-            f"(harvest {cost['harvest']/60:.1f}, training {cost['training']/60:.1f}, the rest starting and drawing), "
+            f"(harvest {cost['harvest']/60:.1f}, training {cost['training']/60:.1f}, the rest starting, measuring and drawing), "
             f"{cost['disk']/1e9:.1f} GB of disk, {cost['memory']/1e9:.1f} GB of memory")
 
 # %% ../nbs/90_reproduce.ipynb #f61f21ac
