@@ -144,7 +144,7 @@ def estimate(
     harvests = [estimate_harvest(model, q.n_tokens + q.n_heldout + 64*q.n_fragments, list(dict.fromkeys(g[0].site for g in groups)), q.row_len) for q,groups in todo]
     parts = [estimate_training(g, model.d_in(g[0].site), q.batch_size, q.steps_at(g[0].site)) for q,groups in todo for g in groups]
     weights = sum(w.numel()*w.element_size() for w in model.hf.parameters())
-    trained = sum(32*r.ratio*model.d_in(r.site)**2 for _,groups in todo for g in groups for r in g)    # weights, and a checkpoint with moments
+    trained = sum(32*r.ratio*model.d_in(r.site)**2 for _,groups in todo for g in groups for r in g)    # both matrices four times: dictionary, checkpoint and its two moments
     return {"start": 40.*len(paths), "harvest": sum(h["seconds"] for h in harvests), "training": sum(e["seconds"] for e in parts),
             "disk": int(1.25*(sum(h["bytes"] for h in harvests) + weights + trained)), "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
@@ -241,7 +241,7 @@ def tally(
     "How many claims hold."
     n = Counter(r["verdict"] for r in rows)
     return (f"Of {len(rows)} claims {n['holds']} hold, {n['partly']} hold in part and {n['does not hold']} do not; "
-            f"{n['not comparable']} are shown and not judged, {n['not measured']} not measured.")
+            f"{n['not comparable']} are not comparable, {n['not measured']} not measured.")
 
 # %% ../nbs/90_reproduce.ipynb #a3fd8349
 MARKERS = "<!-- claims: written by `sparse-coding report --write` -->", "<!-- end of claims -->"
