@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparse_coding.attention import freeze_norm
-from sparse_coding.attention_ioi import (Sentences, _kinds, at_mean, at_place, by_order, feature_effects, greedy_pairs, judge_and, judge_gate, judge_pairs, judge_position, lead, logit_difference,
-                                         losses_by_layer, name_movers, noising, plans, read_from, recovery, reordered, rotated, score_parts, sentences, spliced, together, variance_explained,
-                                         written)
 from sparse_coding.core import Site, SparseCodingError
-from sparse_coding.dictionaries import TopKSAE
 from sparse_coding.models import load_model
-from sparse_coding.prefix import matched
+from sparse_coding.attention import freeze_norm
+from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.paper2.long_prefix import matched
+from sparse_coding.paper2.ioi import (Sentences, _kinds, at_mean, at_place, by_order, feature_effects, greedy_pairs,
+    judge_and, judge_gate, judge_pairs, judge_position, lead, logit_difference, losses_by_layer, name_movers,
+    noising, plans, read_from, recovery, reordered, rotated, score_parts, sentences, spliced, together,
+    variance_explained, written)
 from tiny import tiny_model
 
 LAYER = 2

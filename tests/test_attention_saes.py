@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparse_coding.attention_saes import (PAPER, Attribution, agreement, attention_evidence, attention_fidelity, attention_losses, attention_recipes,
-    attention_results, attention_sae, attention_stores, attribute, attribution_pairs, begin_at, contributions, distinct, encoder_bias, head_attribution, head_shares, judge_attribution,
-    judge_interp, judge_table, live, manner, paper_two, promoted, reaching_back, recovered, schedule, train_attention, where_it_reads, z_directions)
 from sparse_coding.core import PRESETS, Preset, Site, SparseCodingError, write_json
-from sparse_coding.dictionaries import TopKSAE, UntiedSAE, load_dictionary
-from sparse_coding.fidelity import spliced_losses
-from sparse_coding.fragments import Examples
 from sparse_coding.models import load_model
-from sparse_coding.training import eq4_alpha
+from sparse_coding.dictionaries import TopKSAE, UntiedSAE, load_dictionary
+from sparse_coding.evidence import Examples
+from sparse_coding.paper1.training import eq4_alpha
+from sparse_coding.paper1.perplexity import spliced_losses
+from sparse_coding.paper2.saes import (PAPER, Attribution, agreement, attention_evidence, attention_fidelity,
+    attention_losses, attention_recipes, attention_results, attention_sae, attention_stores, attribute,
+    attribution_pairs, begin_at, contributions, distinct, encoder_bias, head_attribution, head_shares,
+    judge_attribution, judge_interp, judge_table, live, manner, paper_two, promoted, reaching_back, recovered,
+    schedule, train_attention, where_it_reads, z_directions)
 from tiny import TEXT, tiny_model
 
 SMALL = dict(row_len=16, attn_row_len=16, attn_tokens=4096, n_heldout=1024, attn_layers=(0, 3), attn_ratio=4., attn_k=4, attn_alpha=.02, steps=24,

@@ -6,7 +6,7 @@ import pytest
 
 from sparse_coding import autointerp as a
 from sparse_coding.core import CLAIMS, RULES, SparseCodingError
-from sparse_coding.fragments import Examples, Shuffled
+from sparse_coding.evidence import Examples, Shuffled
 from sparse_coding.lexicon import KINDS, ManyLexicons, TokenLexicon, read_lexicon, write_lexicon
 
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparse_coding.core import SparseCodingError
-from sparse_coding.corpora import Document, Rows, documents, interleave, load_rows, split_of
 from sparse_coding.models import load_model
+from sparse_coding.corpora import Document, Rows, documents, interleave, load_rows, split_of
 from tiny import tiny_model
 
 WORDS = "the river runs from mountains to sea and people of valley have always lived by it".split()

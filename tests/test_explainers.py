@@ -9,10 +9,10 @@ import torch
 
 from api_server import ApiServer, chat, level
 from sparse_coding.core import SparseCodingError
-from sparse_coding.explainers import (ApiModel, Client, LocalModel, Usage, balanced_accuracy, echo_numbers, expected_value,
-    fragment_lines, levels, one_line, show_token, stratified, table_prompt)
-from sparse_coding.fragments import Examples, ev_correlation_score
 from sparse_coding.models import load_model
+from sparse_coding.evidence import Examples, ev_correlation_score
+from sparse_coding.paper1.explaining import (ApiModel, Client, LocalModel, Usage, balanced_accuracy, echo_numbers,
+    expected_value, fragment_lines, levels, one_line, show_token, stratified, table_prompt)
 from tiny import tiny_model
 
 
@@ -220,7 +220,7 @@ SCRIPT = """
 import sys, openai._base_client
 sys.path.insert(0, {tests!r})
 from test_explainers import Words, examples
-from sparse_coding.explainers import ApiModel, Client
+from sparse_coding.paper1.explaining import ApiModel, Client
 shown = [examples([[i % 3, 1, 2, 0, i]], [1]) for i in range(20)]
 j = ApiModel(Words(), Client("test", {url!r}, workers=3), mode="list")
 try:

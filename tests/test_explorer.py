@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from sparse_coding.core import Site, SparseCodingError, preset
-from sparse_coding.dictionaries import TopKSAE
-from sparse_coding.explorer import KINDS, UNIT, _beginning, contexts_of, embed_json, explore, features_at, page, page_data, promotes
 from sparse_coding.models import load_model
-from sparse_coding.recursive import Node, trace, trace_back
+from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.paper2.recursive import Node, trace, trace_back
+from sparse_coding.tools.explorer import (KINDS, UNIT, _beginning, contexts_of, embed_json, explore, features_at,
+    page, page_data, promotes)
 from tiny import tiny_model
 
 PROMPT = " Mary <script>alert(1)</script> & </script><b>John</b> gave <script>alert(1)"
@@ -267,7 +268,7 @@ def test_no_other_script_runs(browser, file):
 
 def test_in_a_frame(browser, file, tmp_path):
     "As a notebook shows it: the same page inside srcdoc, without any rights but to run its script."
-    from sparse_coding.explorer import Explorer
+    from sparse_coding.tools.explorer import Explorer
     (tmp_path/"frame.html").write_text(f"<!DOCTYPE html><meta charset='utf-8'><body>{Explorer(file[0])._repr_html_()}</body>", encoding="utf-8")
     tab, wrong = browser.new_page(), []
     tab.on("dialog", lambda d: wrong.append(str(d)))

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from sparse_coding.core import RULES, Site
-from sparse_coding.dictionaries import TopKSAE
-from sparse_coding.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same, attribute, counterfactuals, drops,
-                                    family_scores, fit, induced_words, masses, matches, members, plot_families, plot_specificity,
-                                    random_like, silenced, successors, sums, thresholds, top_tokens, try_feature, usual, word_classes, words_back)
 from sparse_coding.models import load_model
+from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.paper2.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same,
+    attribute, counterfactuals, drops, family_scores, fit, induced_words, masses, matches, members, plot_families,
+    plot_specificity, random_like, silenced, successors, sums, thresholds, top_tokens, try_feature, usual,
+    word_classes, words_back)
 from tiny import contexts, tiny_model
 
 
@@ -47,7 +48,7 @@ def test_attribution_adds_up_and_is_where_attention_put_it(model):
 def test_promoted_tokens_are_the_top_of_the_direct_path(model):
     sae, (W, _) = sae_for(model, 2), model.W_O(2)
     up, down = top_tokens(model, sae, 2, 3)
-    from sparse_coding.effects import unembedded
+    from sparse_coding.paper1.what_it_does import unembedded
     z = unembedded(model, sae.W_dec[7:8] @ W.flatten(0, 1))[0]
     assert set(up[7].tolist()) == set(z.argsort()[-3:].tolist()) and set(down[7].tolist()) == set(z.argsort()[:3].tolist())
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
-from sparse_coding.activations import ActivationStore, batches
 from sparse_coding.core import Preset, Site, SparseCodingError
+from sparse_coding.models import load_model
+from sparse_coding.activations import ActivationStore, batches
 from sparse_coding.dictionaries import TiedSAE, UntiedSAE, evaluate
 from sparse_coding.engine import Engine, Resampling
-from sparse_coding.features import (alpha_axis, central_sums, energy_shares, fig16, follow, frequency_bins, judge_active, judge_mlpdead,
-    mean_activation, merged, mlp_shares, moments, most_alive, picked_alpha, shape_of, silent, trial, uncentred, unscaled_alpha, wilson,
-    with_rule)
-from sparse_coding.models import load_model
-from sparse_coding.training import stores
+from sparse_coding.paper1.training import stores
+from sparse_coding.paper1.alive import (alpha_axis, central_sums, energy_shares, fig16, follow, frequency_bins,
+    judge_active, judge_mlpdead, mean_activation, merged, mlp_shares, moments, most_alive, picked_alpha, shape_of,
+    silent, trial, uncentred, unscaled_alpha, wilson, with_rule)
 from tiny import tiny_model
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_coding.activations import ActivationStore, load_store
-from sparse_coding.baselines import fixed, random_rotation
 from sparse_coding.core import Site, SparseCodingError
-from sparse_coding.corpora import load_rows
-from sparse_coding.dictionaries import TopKSAE
-from sparse_coding.fragments import (Collector, Evidence, Examples, FragmentStore, collect, ev_correlation_score, evidence, feature_acts,
-                                     fingerprint, first_usable, scores)
 from sparse_coding.models import load_model
+from sparse_coding.corpora import load_rows
+from sparse_coding.activations import ActivationStore, load_store
+from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.evidence import (Collector, Evidence, Examples, FragmentStore, collect, ev_correlation_score,
+    evidence, feature_acts, fingerprint, first_usable, scores)
+from sparse_coding.paper1.baselines import fixed, random_rotation
 from tiny import sparse, tiny_model
 
 SITE = Site(2)

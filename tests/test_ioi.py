@@ -7,10 +7,10 @@ import torch
 from scipy.stats import entropy
 
 from sparse_coding import ioi, localise
-from sparse_coding.baselines import fixed, random_rotation
 from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError
-from sparse_coding.ioi import Pairs, Patching, acdc, acdc_plainly, attribution, midpoints, ranked
 from sparse_coding.models import load_model
+from sparse_coding.paper1.baselines import fixed, random_rotation
+from sparse_coding.paper1.ioi import Pairs, Patching, acdc, acdc_plainly, attribution, midpoints, ranked
 import tiny
 from tiny import tiny_model
 

@@ -1,21 +1,18 @@
 """Each notebook is one test, in a kernel of its own: all cells run at preset quick, and their inline checks are the assertions."""
-from pathlib import Path
-
 import pytest
 
 from sparse_coding.core import cache_dir, preset, read_json
-from sparse_coding.reproduce import environment, execute
+from sparse_coding.tools.command_line import environment, execute, notebooks, page
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent/"nbs").glob("[0-9][0-9]_*.ipynb"))
-SECONDS = {"04": 420, "07": 600, "20": 600, "21": 600, "22": 600, "23": 600}     # for one cell: those that may harvest and train
-DEFAULT = 180
+NOTEBOOKS = notebooks()
+SECONDS = 600     # for one cell: any page may be the first that harvests and trains
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=page)
 def test_notebook(path, tmp_path):
     "By the runner that the command line uses."
     env = environment(preset("quick"), tmp_path, tmp_path/"claims.json")
-    execute(path, tmp_path/path.name, env, timeout=SECONDS.get(path.stem[:2], DEFAULT))
+    execute(path, tmp_path/path.name, env, timeout=SECONDS)
 
 
 def test_nothing_was_harvested_twice():

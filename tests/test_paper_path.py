@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from command import COMMAND
+from sparse_coding.tools.command_line import page
 from test_notebooks import NOTEBOOKS
 from tiny import tiny_model
 
@@ -18,7 +19,7 @@ def tiny_neox(tmp_path_factory):
     "A random GPT-NeoX with its tokenizer, and this project's own sources as text."
     folder = tmp_path_factory.mktemp("paper")
     model = tiny_model(folder/"neox", "gpt_neox")
-    files = sorted(Path(__file__).parent.parent.glob("sparse_coding/*.py"))*3
+    files = sorted(Path(__file__).parent.parent.glob("sparse_coding/**/*.py"))*3
     with open(folder/"corpus.jsonl", "w") as f:
         for i,path in enumerate(files):
             text = path.read_text()
@@ -34,5 +35,5 @@ def test_all_notebooks_at_paper_settings(tiny_neox, tmp_path):
                "--out", str(tmp_path), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {p.name for p in (tmp_path/"notebooks").iterdir()} == {p.name for p in NOTEBOOKS}
+    assert {page(p) for p in (tmp_path/"notebooks").rglob("*.ipynb")} == set(map(page, NOTEBOOKS))
     assert (tmp_path/"figures"/"fig6.png").exists() and "P1-recover" in (tmp_path/"claims.md").read_text()

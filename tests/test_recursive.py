@@ -5,10 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from sparse_coding.core import Site, SparseCodingError
-from sparse_coding.dictionaries import TopKSAE, UntiedSAE
 from sparse_coding.models import load_model
-from sparse_coding.recursive import (Means, Node, _run_z, corpus_means, deviations, draw_roots, induction_root, judge_rdfa, kept_shares, orders,
-                                     plot_faithfulness, plot_graph, plot_step, rebuild, trace, trace_back)
+from sparse_coding.dictionaries import TopKSAE, UntiedSAE
+from sparse_coding.paper2.recursive import (Means, Node, _run_z, corpus_means, deviations, draw_roots,
+    induction_root, judge_rdfa, kept_shares, orders, plot_faithfulness, plot_graph, plot_step, rebuild, trace,
+    trace_back)
 from tiny import tiny_model
 
 LAYERS = (1, 3, 4)

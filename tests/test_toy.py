@@ -5,8 +5,8 @@ import torch
 
 from sparse_coding.core import CLAIMS, SparseCodingError, verdict
 from sparse_coding.dictionaries import TiedSAE
-from sparse_coding.toy import (ToyFeatures, by_range, distinct_tokens, interference, mean_by_token, mmcs_null, neuron_basis, readable,
-                               represented, strongest, train_superposition)
+from sparse_coding.paper1.overview import (ToyFeatures, by_range, distinct_tokens, interference, mean_by_token,
+    mmcs_null, neuron_basis, readable, represented, strongest, train_superposition)
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)

@@ -7,15 +7,15 @@ import torch
 from scipy.stats import rankdata
 
 from sparse_coding import trees
-from sparse_coding.activations import load_store
 from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError, preset
-from sparse_coding.corpora import load_rows
-from sparse_coding.dictionaries import TiedSAE
-from sparse_coding.effects import final_norm
-from sparse_coding.fragments import FragmentStore, evidence
-from sparse_coding.lexicon import TokenLexicon
 from sparse_coding.models import LAYOUTS, load_model
-from sparse_coding.trees import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
+from sparse_coding.corpora import load_rows
+from sparse_coding.activations import load_store
+from sparse_coding.dictionaries import TiedSAE
+from sparse_coding.evidence import FragmentStore, evidence
+from sparse_coding.lexicon import TokenLexicon
+from sparse_coding.paper1.what_it_does import final_norm
+from sparse_coding.paper1.causes import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
 from tiny import TEXT, tiny_model
 
 LAYERS = (1, 2, 4)

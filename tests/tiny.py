@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast)
 
 from sparse_coding.dictionaries import TiedSAE
-from sparse_coding.families import Contexts
+from sparse_coding.paper2.families import Contexts
 
 TEXT = """When Mary and John went to the store, John gave a drink to Mary. It's a small store, and it doesn't sell much:
 bread, milk, apples, and the newspaper of the day before. The keeper of the store counts the apples every morning and
