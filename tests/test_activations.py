@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 import sparse_coding.activations as A
-from sparse_coding.core import Site, SparseCodingError, sha256
+from sparse_coding.presets import Site, SparseCodingError
+from sparse_coding.runs import sha256
 from sparse_coding.models import load_model
 from sparse_coding.activations import ActivationStore, batches, estimate_harvest, harvest, load_store
 sys.path.insert(0, str(Path(__file__).parent))

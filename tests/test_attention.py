@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from sparse_coding import attention  # noqa: F401  (adds methods)
-from sparse_coding.core import Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import LanguageModel, load_model
 from sparse_coding.attention import freeze_norm
 from tiny import tiny_config, tiny_model, tiny_tokenizer

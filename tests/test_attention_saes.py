@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparse_coding.core import PRESETS, Preset, Site, SparseCodingError, write_json
+from sparse_coding.presets import PRESETS, Preset, Site, SparseCodingError
+from sparse_coding.runs import write_json
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE, UntiedSAE, load_dictionary
 from sparse_coding.evidence import Examples

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from sparse_coding import autointerp as a
-from sparse_coding.core import CLAIMS, RULES, SparseCodingError
+from sparse_coding.presets import SparseCodingError
+from sparse_coding.ledger import CLAIMS
 from sparse_coding.evidence import Examples, Shuffled
 from sparse_coding.lexicon import KINDS, ManyLexicons, TokenLexicon, read_lexicon, write_lexicon
+from sparse_coding.core import RULES
 
 
 def random_examples(seed, n=5, seq=12, vocab=9):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sparse_coding import case_studies, effects
-from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
+from sparse_coding.ledger import CLAIMS
 from sparse_coding.models import load_model
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import load_store
@@ -14,6 +15,7 @@ from sparse_coding.paper1.baselines import fixed
 from sparse_coding.paper1.what_it_reads import (about, active_on, candidates, next_tokens, overlap, own_purity,
     plot_tokens, purity, ranges, recall, share_ci, token_group, token_mass)
 from sparse_coding.paper1.what_it_does import ablate, announced, effect, expected, steered, unembedded
+from sparse_coding.core import RULES
 from tiny import sparse, tiny_model
 
 SITE = Site(2)

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from sparse_coding import core
-from sparse_coding.core import SparseCodingError, fetch, load_or_compute, preset, record, report, verdict
+from sparse_coding.presets import SparseCodingError, preset
+from sparse_coding.runs import load_or_compute
+from sparse_coding.assets import fetch
+from sparse_coding.ledger import record, report, verdict
 
 SLOW = """
 import os, sys, time

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparse_coding.core import SparseCodingError
+from sparse_coding.presets import SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.corpora import Document, Rows, documents, interleave, load_rows, split_of
 from tiny import tiny_model

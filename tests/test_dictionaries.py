@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from sparse_coding.core import Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.dictionaries import (TiedSAE, TopKSAE, UntiedSAE, evaluate, load_dictionary, matched_cosines,
     max_cosines, mmcs, total_variance)
 

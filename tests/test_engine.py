@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings as hypothesis_settings, strategies as st
 
-from sparse_coding.core import SparseCodingError, best_matmul
+from sparse_coding.presets import SparseCodingError
+from sparse_coding.runs import best_matmul
 from sparse_coding.dictionaries import TiedSAE, TopKSAE, UntiedSAE
 from sparse_coding.engine import Engine, Settings, adam_constants, adam_row, draw_badly_reconstructed, sae_loss
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from api_server import ApiServer, chat, level
-from sparse_coding.core import SparseCodingError
+from sparse_coding.presets import SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.evidence import Examples, ev_correlation_score
 from sparse_coding.paper1.explaining import (ApiModel, Client, LocalModel, Usage, balanced_accuracy, echo_numbers,

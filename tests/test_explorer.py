@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest
 import torch
 
-from sparse_coding.core import Site, SparseCodingError, preset
+from sparse_coding.presets import Site, SparseCodingError, preset
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE
 from sparse_coding.paper2.recursive import Node, trace, trace_back

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.core import RULES, Site
+from sparse_coding.presets import Site
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE
 from sparse_coding.paper2.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same,
     attribute, counterfactuals, drops, family_scores, fit, induced_words, masses, matches, members, plot_families,
     plot_specificity, random_like, silenced, successors, sums, thresholds, top_tokens, try_feature, usual,
     word_classes, words_back)
+from sparse_coding.core import RULES
 from tiny import contexts, tiny_model
 
 

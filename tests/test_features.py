@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sparse_coding.core import Preset, Site, SparseCodingError
+from sparse_coding.presets import Preset, Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.activations import ActivationStore, batches
 from sparse_coding.dictionaries import TiedSAE, UntiedSAE, evaluate

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.core import Site
+from sparse_coding.presets import Site
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.paper1.perplexity import ce_metrics, median_ci, replacements, row_kl, row_losses, spliced_losses

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_coding.core import Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import ActivationStore, load_store

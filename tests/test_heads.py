@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.core import RULES, Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.paper2.families import FAMILIES, Families, Scores
 from sparse_coding.paper2.heads import (Kinship, chance_pairs, groups, kinship, made_up, mean_words, plot_heads,
     plot_jobs, polysemantic, reads, shared, top_features, two_jobs, without_heads)
+from sparse_coding.core import RULES
 import tiny
 from tiny import tiny_model
 

@@ -66,8 +66,9 @@ def test_links_between_notebooks_lead_somewhere():
 
 
 def test_readme_and_last_page_say_what_the_ledger_says():
-    from sparse_coding.core import report
-    from sparse_coding.tools.command_line import table, tally
+    from sparse_coding.ledger import report
+    from sparse_coding.tools.command_line import table
+    from sparse_coding.ledger import tally
     rows = report(ROOT/"nbs"/"claims"/"laptop.json")
     assert tally(rows) + "\n\n" + table(rows) in (ROOT/"README.md").read_text(encoding="utf-8"), "sparse-coding report --write"
     stored = json.dumps([c["outputs"] for c in cells(ROOT/"nbs"/"tools"/"90_command_line.ipynb", "code")])

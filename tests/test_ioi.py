@@ -7,10 +7,12 @@ import torch
 from scipy.stats import entropy
 
 from sparse_coding import ioi, localise
-from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
+from sparse_coding.ledger import CLAIMS
 from sparse_coding.models import load_model
 from sparse_coding.paper1.baselines import fixed, random_rotation
 from sparse_coding.paper1.ioi import Pairs, Patching, acdc, acdc_plainly, attribution, midpoints, ranked
+from sparse_coding.core import RULES
 import tiny
 from tiny import tiny_model
 

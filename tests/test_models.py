@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sparse_coding.core import SITE_KINDS, Site, SparseCodingError
+from sparse_coding.presets import SITE_KINDS, Site, SparseCodingError
 from sparse_coding.models import LanguageModel, fold_weights, hub_reachable, load_model
 from tiny import tiny_model
 

@@ -1,14 +1,16 @@
 """Each notebook is one test, in a kernel of its own: all cells run at preset quick, and their inline checks are the assertions."""
 import pytest
 
-from sparse_coding.core import cache_dir, preset, read_json
-from sparse_coding.tools.command_line import environment, execute, notebooks, page
+from sparse_coding.presets import preset
+from sparse_coding.runs import cache_dir, read_json
+from sparse_coding.tools.runner import environment, execute, notebooks
+from sparse_coding.tools.runner import page_name
 
 NOTEBOOKS = notebooks()
 SECONDS = 600     # for one cell: any page may be the first that harvests and trains
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=page)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=page_name)
 def test_notebook(path, tmp_path):
     "By the runner that the command line uses."
     env = environment(preset("quick"), tmp_path, tmp_path/"claims.json")

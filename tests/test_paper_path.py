@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from command import COMMAND
-from sparse_coding.tools.command_line import page
+from sparse_coding.tools.runner import page_name
 from test_notebooks import NOTEBOOKS
 from tiny import tiny_model
 
@@ -35,5 +35,5 @@ def test_all_notebooks_at_paper_settings(tiny_neox, tmp_path):
                "--out", str(tmp_path), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {page(p) for p in (tmp_path/"notebooks").rglob("*.ipynb")} == set(map(page, NOTEBOOKS))
+    assert {page_name(p) for p in (tmp_path/"notebooks").rglob("*.ipynb")} == set(map(page_name, NOTEBOOKS))
     assert (tmp_path/"figures"/"fig6.png").exists() and "P1-recover" in (tmp_path/"claims.md").read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparse_coding.core import Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.attention import freeze_norm
 from sparse_coding.paper1.what_it_does import final_norm

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sparse_coding.core import Site, SparseCodingError
+from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE, UntiedSAE
 from sparse_coding.paper2.recursive import (Means, Node, _run_z, corpus_means, deviations, draw_roots,

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.core import CLAIMS, SparseCodingError, verdict
+from sparse_coding.presets import SparseCodingError
+from sparse_coding.ledger import CLAIMS, verdict
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.paper1.overview import (ToyFeatures, by_range, distinct_tokens, interference, mean_by_token,
     mmcs_null, neuron_basis, readable, represented, strongest, train_superposition)

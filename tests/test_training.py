@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.core import SparseCodingError
+from sparse_coding.presets import SparseCodingError
 from sparse_coding.dictionaries import TiedSAE, UntiedSAE
 from sparse_coding.engine import Resampling, sae_loss
 from sparse_coding.paper1.training import ahead, read_log, train

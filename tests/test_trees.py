@@ -7,7 +7,8 @@ import torch
 from scipy.stats import rankdata
 
 from sparse_coding import trees
-from sparse_coding.core import CLAIMS, RULES, Site, SparseCodingError, preset
+from sparse_coding.presets import Site, SparseCodingError, preset
+from sparse_coding.ledger import CLAIMS
 from sparse_coding.models import LAYOUTS, load_model
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import load_store
@@ -16,6 +17,7 @@ from sparse_coding.evidence import FragmentStore, evidence
 from sparse_coding.lexicon import TokenLexicon
 from sparse_coding.paper1.what_it_does import final_norm
 from sparse_coding.paper1.causes import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
+from sparse_coding.core import RULES
 from tiny import TEXT, tiny_model
 
 LAYERS = (1, 2, 4)
