@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 # %% ../nbs/foundation/10_activations.ipynb #194e502a
-from sparse_coding.core import (Site, SparseCodingError, cache_dir, fast_matmul, load_or_compute, read_json, sha256,
-    write_json)
+from .presets import Site, SparseCodingError
+from .runs import cache_dir, fast_matmul, load_or_compute, read_json, sha256, write_json
 from .models import LanguageModel, load_model
 from .corpora import Rows, load_rows
 
@@ -206,7 +206,7 @@ def _run_shard(model, rows, meta, sites, a, b, bar):
             got, declared = found[0].shape[1], meta["sites"][str(s)]
             if got != declared:
                 raise SparseCodingError(f"{s} gave vectors of {got} numbers where the model declares {declared}: "
-                                        "its architecture is not described rightly in LAYOUTS of 06_models.")
+                                        "its architecture is not described rightly in LAYOUTS of 02_models.")
             parts[s].append(found)
         bar.update(tokens.size)
     return parts

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from numba import njit
 from torch import Tensor
 
-from .core import SparseCodingError, best_matmul, matmul_precision
+from .presets import SparseCodingError
+from .runs import best_matmul, matmul_precision
 from .dictionaries import Dictionary, TiedSAE, TopKSAE, unit_rows
 
 # %% ../nbs/foundation/14_engine.ipynb #c175befc

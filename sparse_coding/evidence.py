@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRAGMENT', 'fragments', 'FragmentStore', 'fragment_store', 'Examples', 'Collector', 'collect', 'fingerprint',
-           'evidence', 'Evidence', 'feature_acts', 'printable', 'around', 'draw_examples', 'ev_correlation_score',
-           'scores', 'first_usable', 'Shuffled']
+           'evidence', 'Evidence', 'printable', 'around', 'draw_examples', 'ev_correlation_score', 'Judge', 'scores',
+           'first_usable', 'Shuffled']
 
 # %% ../nbs/foundation/17_evidence.ipynb #51727499
 import hashlib, json, re
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import matplotlib.font_manager as fonts
 import matplotlib.pyplot as plt
@@ -24,12 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import Preset, Site, SparseCodingError, fast_matmul, load_or_compute, study_sites
+from .presets import Preset, Site, SparseCodingError
+from .runs import fast_matmul, load_or_compute
 from .plots import COLORS
 from .models import LanguageModel
 from .corpora import Rows, load_rows
 from .activations import ActivationStore, load_store
 from .dictionaries import Dictionary
+from .study import study_sites
 
 # %% ../nbs/foundation/17_evidence.ipynb #6177c642
 FRAGMENT = 64 # tokens
@@ -54,6 +57,7 @@ class FragmentStore(ActivationStore):
         tokens = self.tokens[a//self.row_len:self.n if b is None else -(-b//self.row_len)].ravel()[a % self.row_len:]
         return (keep := super().keep(site, a, b)) & torch.from_numpy(tokens[:len(keep)] != self.eot_id)
 
+# %% ../nbs/foundation/17_evidence.ipynb #ce471b7a
 def fragment_store(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -74,10 +78,11 @@ class Examples:
     keep: Bool[np.ndarray, "n seq"] # which tokens count
 
     def __len__(self): return len(self.ids)
-    def __getitem__(self, i): return Examples(*(np.asarray(v)[i] for v in (self.ids, self.tokens, self.acts, self.keep)))
-    def __add__(self, other):
-        return Examples(*(np.concatenate([getattr(e, k) for e in (self, other)]) for k in ("ids", "tokens", "acts", "keep")))
+    def __getitem__(self, i): return self._each(lambda v: np.asarray(v)[i])
+    def __add__(self, other): return self._each(lambda *vs: np.concatenate(vs), other)
     def blind(self): return replace(self, acts=np.full_like(self.acts, np.nan))
+    def _each(self, f, *others):
+        return Examples(*(f(*(getattr(e, k) for e in (self, *others))) for k in ("ids", "tokens", "acts", "keep")))
 
 # %% ../nbs/foundation/17_evidence.ipynb #8d0b3c6e
 class Collector:
@@ -93,9 +98,11 @@ class Collector:
     ):
         acts = lambda: torch.zeros(n, d_sae, seq)
         self.n, self.unit, self.uniform = n, unit, uniform
-        self.state = dict(seen=torch.tensor(0), tokens=torch.tensor(0), fires=torch.zeros(d_sae).long(), fragments=torch.zeros(d_sae).long(),
-            hist=torch.zeros(d_sae, self.bins).long(), top_max=torch.full((n, d_sae), -torch.inf), top_ids=torch.full((n, d_sae), -1),
-            top_acts=acts(), random_ids=torch.full((n, d_sae), -1), random_acts=acts(), uniform_acts=torch.zeros(len(uniform), d_sae, seq))
+        self.state = dict(seen=torch.tensor(0), tokens=torch.tensor(0), fires=torch.zeros(d_sae).long(),
+            fragments=torch.zeros(d_sae).long(), hist=torch.zeros(d_sae, self.bins).long(),
+            top_max=torch.full((n, d_sae), -torch.inf), top_ids=torch.full((n, d_sae), -1), top_acts=acts(),
+            random_ids=torch.full((n, d_sae), -1), random_acts=acts(),
+            uniform_acts=torch.zeros(len(uniform), d_sae, seq))
 
 # %% ../nbs/foundation/17_evidence.ipynb #372e007d
 @patch
@@ -109,6 +116,7 @@ def _add_top(self:Collector, ids, c, best):
     s["top_acts"] = s["top_acts"].gather(0, at.clamp(max=self.n - 1)[..., None].expand(-1, -1, c.shape[1]))
     s["top_acts"][slot, feature] = c[at[slot, feature] - self.n, :, feature]
 
+# %% ../nbs/foundation/17_evidence.ipynb #30ab7dca
 @patch
 def _add_random(self:Collector, ids, c, fired):
     "Keep the first n fragments in which a feature fires."
@@ -127,6 +135,7 @@ def _histogram(self:Collector, c):
     size = (2*(c[at, feature]/self.unit).log2()).floor().long().clamp(-24, self.bins - 25) + 24
     return torch.bincount(feature*self.bins + size, minlength=self.state["hist"].numel()).view(-1, self.bins)
 
+# %% ../nbs/foundation/17_evidence.ipynb #eb89dbc8
 @patch
 def add(self:Collector,
     ids:Int[Tensor, "n"], # numbers of the fragments
@@ -143,7 +152,8 @@ def add(self:Collector,
     self._add_random(ids, c, fires > 0)
     for k in torch.isin(ids, self.uniform).nonzero()[:, 0]: s["uniform_acts"][self.uniform == ids[k]] = c[k].T
     s["fires"], s["fragments"] = s["fires"] + fires.sum(0), s["fragments"] + (fires > 0).sum(0)
-    s["hist"], s["seen"], s["tokens"] = s["hist"] + self._histogram(c.flatten(0, 1)), s["seen"] + len(ids), s["tokens"] + keep.sum()
+    s["hist"], s["seen"], s["tokens"] = (s["hist"] + self._histogram(c.flatten(0, 1)), s["seen"] + len(ids),
+                                         s["tokens"] + keep.sum())
 
 # %% ../nbs/foundation/17_evidence.ipynb #d700bb53
 @torch.inference_mode()
@@ -161,7 +171,8 @@ def collect(
     found, keep = Collector(sae.d_sae, seq, uniform, store.mean_square(site)**.5), store.keep(site).view(F, seq)
     if unfinished.exists(): found.state = load_file(unfinished)
     block, first = block or max(4, 2**23//(seq*sae.d_sae)), (saved := int(found.state["seen"]))
-    with fast_matmul(), tqdm(total=F, initial=first, unit="fragment", desc=f"evidence at {site}", leave=False, delay=2) as bar:
+    with fast_matmul(), tqdm(total=F, initial=first, unit="fragment", desc=f"evidence at {site}", leave=False,
+                             delay=2) as bar:
         for a in range(first, F, block):
             b = min(a + block, F)
             c = sae.encode(store.read(site, a*seq, b*seq)).view(b - a, seq, -1)
@@ -180,9 +191,11 @@ def fingerprint(
     "A hash of a dictionary."
     settings = {k: v for k,v in sae.cfg.items() if k != "metadata"}
     h = hashlib.sha256(json.dumps([type(sae).__name__, settings], sort_keys=True, default=str).encode())
-    for name,w in sorted(sae.state_dict().items()): h.update(name.encode() + w.detach().cpu().contiguous().numpy().tobytes())
+    for name,w in sorted(sae.state_dict().items()):
+        h.update(name.encode() + w.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+# %% ../nbs/foundation/17_evidence.ipynb #e9aeb95d
 def _halved(t):
     "Activations in float16, where that can hold them."
     return t.half() if t.is_floating_point() and t.ndim == 3 and t.abs().max() < 65_000 else t
@@ -197,8 +210,11 @@ def evidence(
     "Evidence for all features of a dictionary, collected once; raises for a dictionary of another model or site."
     sae.check(model, site)
     store = store or fragment_store(p, model)
-    config = dict(dictionary=fingerprint(sae), store=store.folder.name, site=str(site), drop_first=store.drop_first, max_norm=store.max_norm, eot_id=store.eot_id)
-    def compute(folder): save_file({k: _halved(v).contiguous() for k,v in collect(sae, store, site, folder).items()}, folder/"evidence.safetensors")
+    config = dict(dictionary=fingerprint(sae), store=store.folder.name, site=str(site), drop_first=store.drop_first,
+                  max_norm=store.max_norm, eot_id=store.eot_id)
+    def compute(folder):
+        state = collect(sae, store, site, folder)
+        save_file({k: _halved(v).contiguous() for k,v in state.items()}, folder/"evidence.safetensors")
     return Evidence(load_or_compute("evidence", config, compute, code=(collect, Dictionary.encode)), store, site)
 
 # %% ../nbs/foundation/17_evidence.ipynb #f951a568
@@ -207,12 +223,15 @@ class Evidence:
     def __init__(self, folder:Path, # as written by `evidence`
                  store:FragmentStore, # the fragments
                  site:Site): # of the dictionary
-        self.found, self.store, self.site, self.tokens = load_file(Path(folder)/"evidence.safetensors"), store, site, store.tokens
+        self.found = load_file(Path(folder)/"evidence.safetensors")
+        self.store, self.site, self.tokens = store, site, store.tokens
         self.keep = store.keep(site).view(len(self.tokens), -1).numpy()
-        self.fires, self.n_fragments, self.n_tokens = self.found["fires"], self.found["fragments"], int(self.found["tokens"])
+        self.fires, self.n_fragments = self.found["fires"], self.found["fragments"]
+        self.n_tokens = int(self.found["tokens"])
 
     def __repr__(self):
-        return f"{len(self.fires):,} features on {len(self.tokens):,} fragments, {int((~self.usable).sum()):,} of them on fewer than 20"
+        rare = int((~self.usable).sum())
+        return f"{len(self.fires):,} features on {len(self.tokens):,} fragments, {rare:,} of them on fewer than 20"
 
     @cached_property
     def usable(self): return self.n_fragments >= len(self.found["top_ids"])
@@ -222,28 +241,29 @@ class Evidence:
         ids = (ids[which] if ids.ndim == 1 else ids[which, feature]).numpy()
         return Examples(ids, np.asarray(self.tokens[ids]), acts[which, feature].float().numpy(), self.keep[ids])
 
-    def shown(self, feature): return self.examples("top", feature, slice(0, None, 4))
-    def scored_top(self, feature): return self.examples("top", feature, slice(2, None, 4))
-    def scored_random(self, feature):
-        random = self.examples("random", feature)
-        return random[~np.isin(random.ids, (self.shown(feature) + self.scored_top(feature)).ids)][:5]
-    def spare(self, feature):
-        spare = self.examples("top", feature, slice(1, None, 2))
-        return spare[~np.isin(spare.ids, self.scored_random(feature).ids)]
+# %% ../nbs/foundation/17_evidence.ipynb #591ff8c0
+@patch
+def shown(self:Evidence, feature:int) -> Examples:
+    "The five that an explainer sees."
+    return self.examples("top", feature, slice(0, None, 4))
 
-# %% ../nbs/foundation/17_evidence.ipynb #d6b06f6c
-@torch.inference_mode()
-def feature_acts(
-    sae:Dictionary, # whose features
-    store:FragmentStore, # see `fragment_store`
-    site:Site, # where it reads
-    features:list[int], # a few of them
-) -> Float[Tensor, "fragments seq features"]: # 0 where a token does not count
-    "The activations of a few features on every token of every fragment."
-    keep, step = store.keep(site), 2**13
-    with fast_matmul():
-        parts = [sae.encode(store.read(site, a, min(a + step, store.n)))[:, features] for a in range(0, store.n, step)]
-    return (torch.cat(parts)*keep[:, None]).view(-1, store.row_len, len(features))
+@patch
+def scored_top(self:Evidence, feature:int) -> Examples:
+    "The five strong ones that an explanation is tested on."
+    return self.examples("top", feature, slice(2, None, 4))
+
+# %% ../nbs/foundation/17_evidence.ipynb #072c7b5b
+@patch
+def scored_random(self:Evidence, feature:int) -> Examples:
+    "The five ordinary ones that it is tested on."
+    random = self.examples("random", feature)
+    return random[~np.isin(random.ids, (self.shown(feature) + self.scored_top(feature)).ids)][:5]
+
+@patch
+def spare(self:Evidence, feature:int) -> Examples:
+    "The strong ones that nobody looks at otherwise."
+    spare = self.examples("top", feature, slice(1, None, 2))
+    return spare[~np.isin(spare.ids, self.scored_random(feature).ids)]
 
 # %% ../nbs/foundation/17_evidence.ipynb #7e943415
 @cache
@@ -258,6 +278,7 @@ def printable(
     text = re.sub(r"[ \t]{3,}", "⇥", text)
     return "".join("↵" if c == "\n" else c if ord(c) in _drawable() and c.isprintable() else "·" for c in text)
 
+# %% ../nbs/foundation/17_evidence.ipynb #694bf959
 def around(
     sizes:list[int], # characters of each token
     at:int, # the token in the middle
@@ -288,7 +309,8 @@ def draw_examples(
         for text,act in zip(texts[a:b], acts[a:b]):
             shade = max(float(act), 0)/strongest
             ax.add_patch(plt.Rectangle((x, row - .42), len(text), .84, color=COLORS["sae"], alpha=.75*shade, lw=0))
-            for k,char in enumerate(text): ax.text(x + k + .5, row, char, family="DejaVu Sans Mono", fontsize=6.8, ha="center", va="center")
+            for k,char in enumerate(text):
+                ax.text(x + k + .5, row, char, family="DejaVu Sans Mono", fontsize=6.8, ha="center", va="center")
             x += len(text)
     ax.set(xlim=(0, width), ylim=(len(examples) - .4, -.6))
     ax.axis("off")
@@ -306,9 +328,28 @@ def ev_correlation_score(
     guess, truth = guess - guess.mean(), truth - truth.mean()
     return float(guess @ truth/np.sqrt((guess @ guess)*(truth @ truth)))
 
+# %% ../nbs/foundation/17_evidence.ipynb #27c7be20
+@runtime_checkable
+class Judge(Protocol):
+    "Whoever explains features and simulates their activations from explanations."
+    name: str # as figures and the ledger print it
+
+    def explain(self,
+        shown:list[Examples], # by feature, the fragments it is explained from
+    ) -> list: # an explanation per feature, in the judge's own form; None where there is none
+        "Say what each feature stands for."
+        ...
+
+    def simulate(self,
+        explanations:list, # by feature, as from `explain`
+        blind:list[Examples], # by feature, fragments without activations
+    ) -> list[Float[np.ndarray, "n seq"]]: # by feature, one finite number per token, on any scale
+        "Predict activations from explanations and text alone."
+        ...
+
 # %% ../nbs/foundation/17_evidence.ipynb #3d7373c8
 def scores(
-    explainer, # has `explain(shown)` and `simulate(explanations, blind)`, lists with one entry per feature
+    explainer:Judge, # explains and simulates
     found:Evidence, # of a dictionary
     features:Iterable[int], # which of them
 ) -> list[dict]: # feature, explanation, and three scores
@@ -324,6 +365,7 @@ def scores(
                      "top": ev_correlation_score(guess[:n], top), "random": ev_correlation_score(guess[n:], random)})
     return rows
 
+# %% ../nbs/foundation/17_evidence.ipynb #c2b23217
 def first_usable(
     found:Evidence, # of a dictionary
     n:int|None=150, # at most; all if None
@@ -332,7 +374,7 @@ def first_usable(
     return found.usable.nonzero()[:n, 0].tolist()
 
 class Shuffled:
-    "An explainer that gives every feature its neighbour's explanation: what a score owes to anything else."
-    def __init__(self, explainer): self.explainer, self.name = explainer, f"{explainer.name}, shuffled"
+    "A judge that gives every feature its neighbour's explanation: what a score owes to anything else."
+    def __init__(self, explainer:Judge): self.explainer, self.name = explainer, f"{explainer.name}, shuffled"
     def explain(self, shown): return (said := self.explainer.explain(shown))[-1:] + said[:-1]
     def simulate(self, explanations, blind): return self.explainer.simulate(explanations, blind)

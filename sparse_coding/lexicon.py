@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LENGTHS', 'Lexicon', 'looked_up', 'write_lexicon', 'read_lexicon', 'TokenLexicon', 'in_words',
-           'score_by_length', 'plot_lengths', 'predictions', 'ManyLexicons', 'blind_spots', 'plot_blind_spots',
-           'judge_blind']
+           'score_by_length', 'plot_lengths', 'predictions', 'ManyLexicons', 'blind_spots', 'plot_gain', 'plot_kinds',
+           'plot_blind_spots']
 
 # %% ../nbs/foundation/18_lexicon.ipynb #68719d9f
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from .core import Preset, SparseCodingError, fast_matmul, load_or_compute, mean_ci, rule
+from .presets import Preset, SparseCodingError
+from .runs import fast_matmul, load_or_compute
+from .stats import mean_ci
 from .plots import COLORS, plain_log
 from .models import LanguageModel
 from .activations import ActivationStore, batch_rows
@@ -32,6 +34,7 @@ class Lexicon:
     tokens: Int[np.ndarray, "k"] # strongest first
     means: Float[np.ndarray, "k"] # mean activation
 
+# %% ../nbs/foundation/18_lexicon.ipynb #e37bb699
 def looked_up(
     examples:Examples, # fragments
     kind:str, # one of KINDS
@@ -41,7 +44,8 @@ def looked_up(
     t = examples.tokens.astype(np.int64)
     if kind == "token": return t
     if kind == "predicted":
-        if predicted is None: raise SparseCodingError("A lexicon of predicted tokens needs what the model predicts: see `predictions`.")
+        if predicted is None:
+            raise SparseCodingError("A lexicon of predicted tokens needs what the model predicts: see `predictions`.")
         return np.asarray(predicted)[examples.ids].astype(np.int64)
     none = np.full((len(t), 1), -1)
     if kind == "previous": return np.hstack([none, t[:, :-1]])
@@ -63,6 +67,7 @@ def write_lexicon(
     best = best[means[best] > 0]
     return Lexicon(kind, tokens[best], means[best])
 
+# %% ../nbs/foundation/18_lexicon.ipynb #b37d869d
 def read_lexicon(
     lexicon:Lexicon, # an explanation
     blind:Examples, # fragments without activations
@@ -85,8 +90,10 @@ class TokenLexicon:
         self.length, self.kind, self.predicted = length, kind, predicted
 
     def explain(self, shown): return [write_lexicon(e, self.length, self.kind, self.predicted) for e in shown]
-    def simulate(self, explanations, blind): return [read_lexicon(l, e, self.predicted) for l,e in zip(explanations, blind)]
+    def simulate(self, explanations, blind):
+        return [read_lexicon(l, e, self.predicted) for l,e in zip(explanations, blind)]
 
+# %% ../nbs/foundation/18_lexicon.ipynb #a43558c5
 def in_words(
     lexicon:Lexicon|str, # an explanation; one that is in words already stays
     model:LanguageModel, # turns tokens into text
@@ -106,6 +113,7 @@ def score_by_length(
     "Lexicon score of each feature for several lengths."
     return np.array([[r["score"] for r in scores(TokenLexicon(k), found, features)] for k in lengths])
 
+# %% ../nbs/foundation/18_lexicon.ipynb #42ecaa0a
 def plot_lengths(
     lines:dict[str, Float[np.ndarray, "lengths features"]], # from `score_by_length`
     colors:dict[str, str], # names in COLORS
@@ -129,18 +137,21 @@ def predictions(
     model:LanguageModel, # under study
     store:ActivationStore, # of fragments
 ) -> Int[np.ndarray, "fragments seq"]:
-    "The token that the model holds most likely next, for every token of every fragment; computed once, from the deepest stored layer on."
-    deepest, step = max(s for s in store.sites if s.kind == "resid_post"), batch_rows(model, store.row_len)*store.row_len
+    "The token that the model holds most likely next, at every place; computed once, from the deepest stored layer on."
+    deepest = max(s for s in store.sites if s.kind == "resid_post")
+    step = batch_rows(model, store.row_len)*store.row_len
     def compute(folder):
         parts = []
-        with fast_matmul(model.device), tqdm(total=store.n, unit="tok", unit_scale=True, desc="predicted tokens", leave=False, delay=2) as bar:
+        with fast_matmul(model.device), tqdm(total=store.n, unit="tok", unit_scale=True, desc="predicted tokens",
+                                             leave=False, delay=2) as bar:
             for a in range(0, store.n, step):
                 x = store.read(deepest, a, min(a + step, store.n)).view(-1, store.row_len, model.d_model)
                 parts.append(model.run_from(deepest.layer, x.to(model.device)).argmax(-1).cpu().numpy())
                 bar.update(parts[-1].size)
         np.save(folder/"predicted.npy", np.concatenate(parts).astype(np.int32), allow_pickle=False)
     config = dict(model=model.fingerprint, rows=store.meta["rows"], deepest=str(deepest))
-    return np.load(load_or_compute("predictions", config, compute, code=(LanguageModel.run_from,))/"predicted.npy", allow_pickle=False)
+    folder = load_or_compute("predictions", config, compute, code=(LanguageModel.run_from,))
+    return np.load(folder/"predicted.npy", allow_pickle=False)
 
 # %% ../nbs/foundation/18_lexicon.ipynb #c24c13ce
 class ManyLexicons:
@@ -158,10 +169,12 @@ class ManyLexicons:
 
     def explain(self, shown):
         "Raises unless it is given the features it was made for."
-        if len(shown) != len(self.spare): raise SparseCodingError(f"Made for {len(self.spare)} features, asked to explain {len(shown)}.")
+        if len(shown) != len(self.spare):
+            raise SparseCodingError(f"Made for {len(self.spare)} features, asked to explain {len(shown)}.")
+        def score(l, spare): return ev_correlation_score(self.simulate([l], [spare.blind()])[0], spare)
         def best(one, spare):
             tried = [judge.explain([one])[0] for judge in self.judges.values()]
-            return max(tried, key=lambda l: ev_correlation_score(self.judges[l.kind].simulate([l], [spare.blind()])[0], spare))
+            return max(tried, key=lambda l: score(l, spare))
         return [best(one, spare) for one,spare in zip(shown, self.spare)]
 
     def simulate(self, explanations, blind):
@@ -179,8 +192,39 @@ def blind_spots(
     features = first_usable(found, n)
     judge = lambda *kinds: scores(ManyLexicons(found, features, predicted, kinds), found, features)
     plain, shifted, every = judge("token"), judge("token", "previous", "next"), judge(*KINDS)
-    return [{"feature": a["feature"], "kind": c["explanation"].kind, "token": a["score"], "shifted": b["score"], "all": c["score"]}
-            for a,b,c in zip(plain, shifted, every)]
+    return [{"feature": a["feature"], "kind": c["explanation"].kind, "token": a["score"], "shifted": b["score"],
+             "all": c["score"]} for a,b,c in zip(plain, shifted, every)]
+
+# %% ../nbs/foundation/18_lexicon.ipynb #4f387e71
+def plot_gain(
+    ax:plt.Axes, # to be filled
+    found:dict[int, list[dict]], # by layer, from `blind_spots`
+):
+    "What other lexicons add to the score, by layer."
+    layers, steps = sorted(found), (("shifted", "token", "previous and next token", "pca"),
+                                    ("all", "shifted", "then predicted token", "target"))
+    for shift,(a,b,label,color) in zip((-.1, .1), steps):
+        means = [mean_ci([r[a] - r[b] for r in found[l]]) for l in layers]
+        mean, (low, high) = np.array([m for m,_ in means]), np.array([ends for _,ends in means]).T
+        ax.errorbar(np.arange(len(layers)) + shift, mean, [mean - low, high - mean], fmt="o", color=COLORS[color],
+                    label=label, capsize=2)
+    ax.axhline(0, color="#999999", lw=.8)
+    ax.set(ylabel="added to the score", xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
+    ax.legend()
+
+# %% ../nbs/foundation/18_lexicon.ipynb #defebdbe
+def plot_kinds(
+    ax:plt.Axes, # to be filled
+    found:dict[int, list[dict]], # by layer, from `blind_spots`
+):
+    "Which kind of lexicon was chosen, by layer."
+    layers, bottom = sorted(found), np.zeros(len(found))
+    for (kind,label),color in zip(KINDS.items(), ("sae", "pca", "ica", "target")):
+        share = np.array([np.mean([r["kind"] == kind for r in found[l]]) for l in layers])
+        ax.bar(range(len(layers)), share, .7, bottom=bottom, color=COLORS[color], label=label)
+        bottom += share
+    ax.set(ylabel="share of features", xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
+    ax.legend(ncols=2, loc="lower center", bbox_to_anchor=(.5, 1.02), frameon=False)
 
 # %% ../nbs/foundation/18_lexicon.ipynb #5f96a1ce
 def plot_blind_spots(
@@ -188,25 +232,6 @@ def plot_blind_spots(
 ) -> plt.Figure:
     "Gain in score, and which kind is chosen, by layer."
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
-    layers = sorted(found)
-    gain = lambda a, b: np.array([[mean_ci([r[a] - r[b] for r in found[l]])[0], *mean_ci([r[a] - r[b] for r in found[l]])[1]] for l in layers])
-    for (a,b,label),color,shift in ((("shifted", "token", "previous and next token"), "pca", -.1), (("all", "shifted", "then predicted token"), "target", .1)):
-        mean, low, high = gain(a, b).T
-        left.errorbar(np.arange(len(layers)) + shift, mean, [mean - low, high - mean], fmt="o", color=COLORS[color], label=label, capsize=2)
-    left.axhline(0, color="#999999", lw=.8)
-    left.set(ylabel="added to the score", xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
-    left.legend()
-    bottom = np.zeros(len(layers))
-    for (kind,label),color in zip(KINDS.items(), ("sae", "pca", "ica", "target")):
-        share = np.array([np.mean([r["kind"] == kind for r in found[l]]) for l in layers])
-        right.bar(range(len(layers)), share, .7, bottom=bottom, color=COLORS[color], label=label)
-        bottom += share
-    right.set(ylabel="share of features", xlabel="layer", xticks=range(len(layers)), xticklabels=layers)
-    right.legend(ncols=2, loc="lower center", bbox_to_anchor=(.5, 1.02), frameon=False)
+    plot_gain(left, found)
+    plot_kinds(right, found)
     return fig
-
-# %% ../nbs/foundation/18_lexicon.ipynb #92634b61
-@rule("P1-blind")
-def judge_blind(rec):
-    "A gain from looking elsewhere at the lower end of its interval, and a share of predicted-token features that grows from the first layer to the last; partly for one of the two."
-    return {2: "holds", 1: "partly", 0: "does not hold"}[(rec["ci95"][0] > 0) + (rec["predicted"][-1] > rec["predicted"][0])]

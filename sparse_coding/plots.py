@@ -14,8 +14,11 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 from cycler import cycler
+from IPython import get_ipython
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from .core import Preset, cache_dir
+from .presets import Preset
+from .runs import cache_dir
 
 # %% ../nbs/foundation/04_plots.ipynb #afda481b
 COLORS = {"sae": "#0072B2", "pca": "#E69F00", "ica": "#009E73", "random": "#999999", "basis": "#CC79A7",
@@ -30,7 +33,7 @@ def shades(
 
 # %% ../nbs/foundation/04_plots.ipynb #2ee1f7c9
 def use_style():
-    "The look of all figures: small, quiet, readable at the width of a page."
+    "The look of all figures: small, quiet, readable at the width of a page; in a notebook stored at twice the pixels."
     plt.rcParams.update({
         "figure.figsize": (6, 3), "figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": True,
         "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "legend.fontsize": 8,
@@ -38,6 +41,9 @@ def use_style():
         "grid.color": "#e6e6e6", "grid.linewidth": .6, "axes.axisbelow": True, "lines.linewidth": 1.6,
         "lines.markersize": 4.5, "axes.prop_cycle": cycler(color=[COLORS[k] for k in
             ("sae", "target", "ica", "pca", "basis", "other", "random")])})
+    if shell := get_ipython():
+        set_matplotlib_formats("retina")
+        shell.display_formatter.formatters["text/plain"].float_precision = "%.4g"
 
 # %% ../nbs/foundation/04_plots.ipynb #2ec02374
 def plain_log(

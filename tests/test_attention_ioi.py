@@ -8,11 +8,11 @@ from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.attention import freeze_norm
 from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.paper2.claims import judge_and, judge_gate, judge_pairs, judge_position
 from sparse_coding.paper2.long_prefix import matched
 from sparse_coding.paper2.ioi import (Sentences, _kinds, at_mean, at_place, by_order, feature_effects, greedy_pairs,
-    judge_and, judge_gate, judge_pairs, judge_position, lead, logit_difference, losses_by_layer, name_movers,
-    noising, plans, read_from, recovery, reordered, rotated, score_parts, sentences, spliced, together,
-    variance_explained, written)
+    lead, logit_difference, losses_by_layer, name_movers, noising, plans, read_from, recovery, reordered, rotated,
+    score_parts, sentences, spliced, together, variance_explained, written)
 from tiny import tiny_model
 
 LAYER = 2

@@ -11,14 +11,15 @@ from sparse_coding.presets import PRESETS, Preset, Site, SparseCodingError
 from sparse_coding.runs import write_json
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE, UntiedSAE, load_dictionary
+from sparse_coding.splicing import spliced_losses
+from sparse_coding.trainer import eq4_alpha
 from sparse_coding.evidence import Examples
-from sparse_coding.paper1.training import eq4_alpha
-from sparse_coding.paper1.perplexity import spliced_losses
-from sparse_coding.paper2.saes import (PAPER, Attribution, agreement, attention_evidence, attention_fidelity,
-    attention_losses, attention_recipes, attention_results, attention_sae, attention_stores, attribute,
-    attribution_pairs, begin_at, contributions, distinct, encoder_bias, head_attribution, head_shares,
-    judge_attribution, judge_interp, judge_table, live, manner, paper_two, promoted, reaching_back, recovered,
-    schedule, train_attention, where_it_reads, z_directions)
+from sparse_coding.paper2.claims import judge_attribution, judge_interp, judge_table
+from sparse_coding.paper2.saes import (PAPER, attention_recipes, attention_results, attention_sae, attention_stores,
+    begin_at, live, manner, paper_two, schedule, train_attention)
+from sparse_coding.paper2.quality import (Attribution, heads_agree, attention_evidence, attention_fidelity,
+    attention_losses, attribute, attribution_pairs, contributions, distinct, encoder_bias, head_attribution,
+    head_shares, promoted, reaching_back, recovered, where_it_reads, z_directions)
 from tiny import TEXT, tiny_model
 
 SMALL = dict(row_len=16, attn_row_len=16, attn_tokens=4096, n_heldout=1024, attn_layers=(0, 3), attn_ratio=4., attn_k=4, attn_alpha=.02, steps=24,
@@ -209,7 +210,7 @@ def test_head_shares_by_brute_force(tiny):
 def test_agreement_is_pearsons():
     g = torch.Generator().manual_seed(0)
     h, s = torch.rand(20, 9, generator=g), torch.rand(20, 9, generator=g)
-    r, same = agreement(h, s)
+    r, same = heads_agree(h, s)
     assert r == pytest.approx([np.corrcoef(a, b)[0, 1] for a,b in zip(h.numpy(), s.numpy())], abs=1e-6)
     assert same.tolist() == [int(np.argmax(a)) == int(np.argmax(b)) for a,b in zip(h.numpy(), s.numpy())]
 

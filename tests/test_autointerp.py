@@ -4,12 +4,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sparse_coding import autointerp as a
+import sparse_coding.paper1.controls
+from sparse_coding.ledger import claims
 from sparse_coding.presets import SparseCodingError
+from sparse_coding.stats import leads, redrawn_means, with_interval
 from sparse_coding.ledger import CLAIMS
 from sparse_coding.evidence import Examples, Shuffled
 from sparse_coding.lexicon import KINDS, ManyLexicons, TokenLexicon, read_lexicon, write_lexicon
-from sparse_coding.core import RULES
+from sparse_coding.paper1.explaining import judge_from_environment
+from sparse_coding.paper1.scores import slopes
 
 
 def random_examples(seed, n=5, seq=12, vocab=9):
@@ -75,20 +78,20 @@ def made(means, n=150, spread=.2, seed=0):
 def test_bootstrap_intervals_cover():
     hits = 0
     for s in range(200):
-        _, (low, high) = a.with_interval(a.redrawn_means(made([.5], 60, seed=s), draws=800)[0])
+        _, (low, high) = with_interval(redrawn_means(made([.5], 60, seed=s), draws=800)[0])
         hits += low <= .5 <= high
     assert 175 <= hits <= 199
 
 
 def test_leads_are_differences_and_the_best_baseline_is_the_hardest():
     found = {"sae": made([.6, .5]), "pca": made([.3, .3], seed=1), "ica": made([.4, .1], seed=2)}
-    lead = a.leads(found)
+    lead = leads(found)
     assert set(lead) == {"pca", "ica", "best"}
     np.testing.assert_allclose(lead["pca"][:, 0], [np.mean([r["score"] for r in found["sae"][i]]) - np.mean([r["score"] for r in found["pca"][i]]) for i in (0, 1)])
     assert (lead["best"] <= np.minimum(lead["pca"], lead["ica"]) + 1e-12).all()
-    line = a.slopes(np.array([.1, .5, .9]), np.array([[2., 1], [1., 1], [0., 1]]))
+    line = slopes(np.array([.1, .5, .9]), np.array([[2., 1], [1., 1], [0., 1]]))
     np.testing.assert_allclose(line, [-2.5, 0])
-    with pytest.raises(SparseCodingError, match="two different places"): a.slopes([.5], np.ones((1, 3)))
+    with pytest.raises(SparseCodingError, match="two different places"): slopes([.5], np.ones((1, 3)))
 
 
 VERDICTS = [
@@ -120,24 +123,24 @@ VERDICTS = [
 
 @pytest.mark.parametrize("claim, rec, verdict", VERDICTS, ids=[f"{c}, {v}" for c,_,v in VERDICTS])
 def test_rules_at_their_edges(claim, rec, verdict):
-    assert claim in CLAIMS and RULES[claim](rec) == verdict
+    assert claims()[claim].judge(rec) == verdict
 
 
 def test_a_judge_spends_one_budget(monkeypatch):
     for k,v in dict(OPENAI_BASE_URL="http://localhost:1/v1", SPARSE_CODING_BUDGET="1000").items(): monkeypatch.setenv(k, v)
     monkeypatch.delenv("SPARSE_CODING_JUDGE", raising=False)
-    assert a.judge_from_environment(None).name == "token lexicon"
+    assert judge_from_environment(None).name == "token lexicon"
     monkeypatch.setenv("SPARSE_CODING_JUDGE", "one-model")
-    judge = a.judge_from_environment(None)
+    judge = judge_from_environment(None)
     assert judge.simulator is judge.client and judge.client.budget == 1000
     monkeypatch.setenv("SPARSE_CODING_JUDGE", "explainer, simulator")
-    judge = a.judge_from_environment(None)
+    judge = judge_from_environment(None)
     assert [judge.client.model, judge.simulator.model] == ["explainer", "simulator"] and judge.client.budget + judge.simulator.budget == 1000
     assert judge.name == "explainer, simulator"
     monkeypatch.setenv("SPARSE_CODING_JUDGE", "same,same")
-    judge = a.judge_from_environment(None)
+    judge = judge_from_environment(None)
     assert judge.simulator is judge.client and judge.client.budget == 1000
     monkeypatch.setenv("SPARSE_CODING_JUDGE", "one,two,three")
-    with pytest.raises(SparseCodingError, match="not 3"): a.judge_from_environment(None)
+    with pytest.raises(SparseCodingError, match="not 3"): judge_from_environment(None)
     monkeypatch.setenv("SPARSE_CODING_BUDGET", "a million")
-    with pytest.raises(SparseCodingError, match="number of tokens.*'a million'"): a.judge_from_environment(None)
+    with pytest.raises(SparseCodingError, match="number of tokens.*'a million'"): judge_from_environment(None)

@@ -11,8 +11,9 @@ from api_server import ApiServer, chat, level
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.evidence import Examples, ev_correlation_score
-from sparse_coding.paper1.explaining import (ApiModel, Client, LocalModel, Usage, balanced_accuracy, echo_numbers,
-    expected_value, fragment_lines, levels, one_line, show_token, stratified, table_prompt)
+from sparse_coding.judge_client import (Client, Usage, balanced_accuracy, echo_numbers, expected_value, one_line,
+    show_token, stratified)
+from sparse_coding.paper1.explaining import ApiModel, LocalModel, fragment_lines, levels, table_prompt
 from tiny import tiny_model
 
 

@@ -281,7 +281,7 @@ def test_in_a_frame(browser, file, tmp_path):
 
 def test_notes_are_those_of_the_feature(llama, monkeypatch):
     "Of the features that can be opened, each with its own direction."
-    from sparse_coding import explorer
+    from sparse_coding.tools import explorer
     saes = dictionaries(llama)
     t = trace(llama, saes, PROMPT)
     monkeypatch.setattr(explorer, "attention_stores", lambda p, model: (None, None))

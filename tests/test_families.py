@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_coding.ledger import claims
 from sparse_coding.presets import Site
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE
 from sparse_coding.paper2.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same,
-    attribute, counterfactuals, drops, family_scores, fit, induced_words, masses, matches, members, plot_families,
-    plot_specificity, random_like, silenced, successors, sums, thresholds, top_tokens, try_feature, usual,
-    word_classes, words_back)
-from sparse_coding.core import RULES
+    attribute_places, counterfactuals, drops, family_scores, specificity, induced_words, masses, matches, members,
+    plot_families, plot_specificity, random_like, silenced, successors, sums, thresholds, top_tokens, try_feature,
+    usual, word_classes, words_back)
 from tiny import contexts, tiny_model
 
 
@@ -34,7 +34,7 @@ def test_attribution_adds_up_and_is_where_attention_put_it(model):
     c.row, c.dfa, c.heads = c.row + 7, torch.zeros(40, 4, 20), torch.zeros(40, 4, model.n_heads)
     c.act[0, 0] = 0                                                            # fired in fewer rows: left alone
     z, seen = model.run_to(tokens, site)[site], model.attend(tokens, 1)[1]
-    attribute(c, sae.W_enc, seen, 7)
+    attribute_places(c, sae.W_enc, seen, 7)
     assert not c.dfa[0, 0].any()
     for f,k in ((1, 0), (5, 3), (39, 1)):
         b, d, w = int(c.row[f, k]) - 7, int(c.pos[f, k]), sae.W_enc[:, f].view(model.n_heads, -1)
@@ -49,7 +49,7 @@ def test_attribution_adds_up_and_is_where_attention_put_it(model):
 def test_promoted_tokens_are_the_top_of_the_direct_path(model):
     sae, (W, _) = sae_for(model, 2), model.W_O(2)
     up, down = top_tokens(model, sae, 2, 3)
-    from sparse_coding.paper1.what_it_does import unembedded
+    from sparse_coding.models import unembedded
     z = unembedded(model, sae.W_dec[7:8] @ W.flatten(0, 1))[0]
     assert set(up[7].tolist()) == set(z.argsort()[-3:].tolist()) and set(down[7].tolist()) == set(z.argsort()[:3].tolist())
 
@@ -210,7 +210,7 @@ def test_induced_words():
 def test_fit_by_hand():
     acts = np.array([[0, 4., 1, 0], [3, 0, 1, 1]])
     proxy = np.array([[False, True, False, True], [True, False, False, True]])
-    found = fit(acts, proxy)
+    found = specificity(acts, proxy)
     assert found["precision, upper half"][0] == 1 and found["precision"][0] == 3/5 and found["recall"][0] == 3/4
     plt.close(plot_specificity(acts, proxy))
 
@@ -259,11 +259,11 @@ def test_a_trial(model):
 # verdicts -------------------------------------------------------------------------------------------------------------------------------
 
 def test_verdicts():
-    judge = RULES["P2-families"]
+    judge = claims()["P2-families"].judge
     null = dict.fromkeys("abc", (0., .01))
     for above,said in ((3, "holds"), (1, "partly"), (0, "does not hold")):
         assert judge({"features": {k: (.02, .03) if i < above else (.005, .03) for i,k in enumerate("abc")}, "permuted": null}) == said
     good = dict(precision=(.85, .9), recall=(.6, .7), paired=(.1, .2), silent=.9)
     bad = dict(precision=(.7, .9), recall=(.4, .7), paired=(-.1, .2), silent=.5)
     for keys,said in (((), "holds"), (("recall",), "partly"), (("recall", "paired"), "partly"), (("recall", "paired", "silent"), "does not hold"), (tuple(bad), "does not hold")):
-        assert RULES["P2-board"](good | {k: bad[k] for k in keys}) == said
+        assert claims()["P2-board"].judge(good | {k: bad[k] for k in keys}) == said

@@ -8,14 +8,16 @@ import torch
 from scipy import stats
 
 from sparse_coding.presets import Preset, Site, SparseCodingError
+from sparse_coding.stats import wilson
 from sparse_coding.models import load_model
 from sparse_coding.activations import ActivationStore, batches
 from sparse_coding.dictionaries import TiedSAE, UntiedSAE, evaluate
+from sparse_coding.firing import central_sums, mean_activation, merged, moments, shape_of
 from sparse_coding.engine import Engine, Resampling
-from sparse_coding.paper1.training import stores
-from sparse_coding.paper1.alive import (alpha_axis, central_sums, energy_shares, fig16, follow, frequency_bins,
-    judge_active, judge_mlpdead, mean_activation, merged, mlp_shares, moments, most_alive, picked_alpha, shape_of,
-    silent, trial, uncentred, unscaled_alpha, wilson, with_rule)
+from sparse_coding.study import stores
+from sparse_coding.paper1.claims import judge_active, judge_mlpdead
+from sparse_coding.paper1.alive import (alpha_axis, energy_shares, fig16, follow, frequency_bins, mlp_shares,
+    most_alive, picked_alpha, silent, trial, uncentred, unscaled_alpha, with_rule)
 from tiny import tiny_model
 
 

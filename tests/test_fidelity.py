@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from sparse_coding.presets import Site
+from sparse_coding.stats import median_ci
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TiedSAE
-from sparse_coding.paper1.perplexity import ce_metrics, median_ci, replacements, row_kl, row_losses, spliced_losses
+from sparse_coding.splicing import ce_metrics, replacements, row_kl, row_losses, spliced_losses
 from tiny import tiny_model
 
 

@@ -8,10 +8,10 @@ from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import ActivationStore, load_store
-from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.dictionaries import TopKSAE, fixed, random_rotation
+from sparse_coding.splicing import feature_acts
 from sparse_coding.evidence import (Collector, Evidence, Examples, FragmentStore, collect, ev_correlation_score,
-    evidence, feature_acts, fingerprint, first_usable, scores)
-from sparse_coding.paper1.baselines import fixed, random_rotation
+    evidence, fingerprint, first_usable, scores)
 from tiny import sparse, tiny_model
 
 SITE = Site(2)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_coding.ledger import claims
 from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.paper2.families import FAMILIES, Families, Scores
 from sparse_coding.paper2.heads import (Kinship, chance_pairs, groups, kinship, made_up, mean_words, plot_heads,
     plot_jobs, polysemantic, reads, shared, top_features, two_jobs, without_heads)
-from sparse_coding.core import RULES
 import tiny
 from tiny import tiny_model
 
@@ -147,8 +147,8 @@ def test_figures_can_be_drawn():
 
 
 def test_verdicts():
-    judge = RULES["P2-poly"]
+    judge = claims()["P2-poly"].judge
     assert [judge(dict(measured=m, fifty=f)) for m,f in ((.95, .9), (.95, .8), (.6, .95), (.5, .95))] == ["holds", "partly", "partly", "does not hold"]
-    judge = RULES["P2-heads"]
+    judge = claims()["P2-heads"].judge
     said = [judge(dict(ci95=(low, .5), deep_score=d, first_score=.2)) for low,d in ((.1, .1), (-.1, .1), (.1, .3), (-.1, .3))]
     assert said == ["holds", "partly", "partly", "does not hold"]

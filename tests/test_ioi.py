@@ -6,13 +6,14 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from sparse_coding import ioi, localise
+from sparse_coding import prompts, search
 from sparse_coding.presets import Site, SparseCodingError
-from sparse_coding.ledger import CLAIMS
+from sparse_coding.ledger import claims, CLAIMS
 from sparse_coding.models import load_model
-from sparse_coding.paper1.baselines import fixed, random_rotation
-from sparse_coding.paper1.ioi import Pairs, Patching, acdc, acdc_plainly, attribution, midpoints, ranked
-from sparse_coding.core import RULES
+from sparse_coding.dictionaries import fixed, random_rotation
+from sparse_coding.prompts import Pairs
+from sparse_coding.search import Patching, acdc, acdc_plainly, attribution, midpoints, ranked
+from sparse_coding.paper1 import fewest_features as localise
 import tiny
 from tiny import tiny_model
 
@@ -63,9 +64,9 @@ def test_patching_is_the_plain_forward_pass_with_the_stream_edited(model):
 def test_a_path_is_one_plain_patch_per_visit(model):
     "Each visit's divergence from whole rows of its own, whatever was expected to go before it; and the keys it leaves."
     case, rng = Patching(model, made_pairs(), LAYER, sparse()), np.random.default_rng(5)
-    state, todo = ioi.start_search(case, case.live), rng.permutation(case.live).tolist()
+    state, todo = search.start_search(case, case.live), rng.permutation(case.live).tolist()
     goes = {j: bool(rng.random() < .6) for j in todo}
-    path, _ = ioi.try_path(case, state, todo, 0., {j: -1. if g else 1. for j,g in goes.items()}, 10_000)
+    path, _ = search.try_path(case, state, todo, 0., {j: -1. if g else 1. for j,g in goes.items()}, 10_000)
     kept = list(todo)
     assert [j for j,*_ in path] == todo
     for j,hit,edit,_,kl in path:
@@ -74,8 +75,8 @@ def test_a_path_is_one_plain_patch_per_visit(model):
         torch.testing.assert_close(kl, case.kl(case.edit(without))[hit], atol=1e-5, rtol=1e-4)
         if goes[j]: kept = without
     tau = float(np.median([float((kl - state["kl"][hit]).sum())/6 for _,hit,_,_,kl in path]))
-    dropped = ioi.sweep_once(case, state, list(todo), tau, dict.fromkeys(todo, 0.), 40)
-    again = ioi.start_search(case, state["kept"])
+    dropped = search.sweep_once(case, state, list(todo), tau, dict.fromkeys(todo, 0.), 40)
+    again = search.start_search(case, state["kept"])
     assert dropped and state["kept"]
     for mine, fresh in zip(state["keys"].values(), again["keys"].values()):
         for a,b in zip(mine, fresh): torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
@@ -142,12 +143,12 @@ def test_a_curve_says_what_its_sets_do(llama):
 
 def test_an_interrupted_search_goes_on_from_its_last_sweep(llama, tmp_path, monkeypatch):
     thresholds = (1e-4, 1e-3, 1e-2, .1)
-    whole, real, calls = acdc(eight(llama), thresholds, 3), ioi.sweep_once, []
+    whole, real, calls = acdc(eight(llama), thresholds, 3), search.sweep_once, []
     def stops(*a):
         calls.append(a[3])
         if len(calls) == 3: raise KeyboardInterrupt
         return real(*a)
-    monkeypatch.setattr(ioi, "sweep_once", stops)
+    monkeypatch.setattr(search, "sweep_once", stops)
     with pytest.raises(KeyboardInterrupt): acdc(eight(llama), thresholds, 3, tmp_path)
     again = acdc(eight(llama), thresholds, 3, tmp_path)
     assert calls[2] not in calls[:2] and thresholds[0] not in calls[3:] and thresholds[1] not in calls[3:]
@@ -169,13 +170,13 @@ def test_attribution_is_the_derivative_and_integrated_gradients_add_up(llama):
 
 
 def test_pairs_need_names_of_one_token(llama):
-    with pytest.raises(SparseCodingError, match="three names that are one token"): ioi.ioi_pairs(llama, names=("Mary", "Wilhelmina"))
+    with pytest.raises(SparseCodingError, match="three names that are one token"): prompts.ioi_pairs(llama, names=("Mary", "Wilhelmina"))
 
 
 def curve(kl, edit=None, count=None):
     kl = np.array(kl, float)
     count = np.arange(len(kl)) if count is None else np.array(count)
-    return ioi.Curve(count, np.repeat(kl[:, None], 4, 1), np.repeat((count if edit is None else np.array(edit, float))[:, None], 4, 1)*1., list(range(count[-1])))
+    return search.Curve(count, np.repeat(kl[:, None], 4, 1), np.repeat((count if edit is None else np.array(edit, float))[:, None], 4, 1)*1., list(range(count[-1])))
 
 
 def test_areas_have_the_sign_of_the_lead_and_curves_end_where_the_shorter_does():
@@ -201,21 +202,21 @@ VERDICTS = [
 
 @pytest.mark.parametrize("claim, rec, verdict", VERDICTS, ids=[f"{c}, {v}" for c,_,v in VERDICTS])
 def test_rules_at_their_edges(claim, rec, verdict):
-    assert claim in CLAIMS and RULES[claim](rec) == verdict
+    assert claim in CLAIMS and claims()[claim].judge(rec) == verdict
 
 
 def test_pairs_differ_in_one_token_and_have_one_length(llama):
-    pairs = ioi.ioi_pairs(llama, 9, seed=3)
+    pairs = prompts.ioi_pairs(llama, 9, seed=3)
     assert pairs.base.shape == pairs.target.shape and (pairs.base != pairs.target).sum(1).tolist() == [1]*9
     assert sorted(pairs.order) == ["ABBA"]*5 + ["BABA"]*4
     for base, target, io, new, s, order in zip(pairs.base.tolist(), pairs.target.tolist(), pairs.io.tolist(), pairs.new.tolist(), pairs.s.tolist(), pairs.order):
         assert base.count(io) == 1 and target.count(new) == 1 and base.count(s) == target.count(s) == 2 and new not in base
         assert (base.index(io) < base.index(s)) == (order == "ABBA")
-    assert torch.equal(ioi.ioi_pairs(llama, 9, seed=3).base, pairs.base) and not torch.equal(ioi.ioi_pairs(llama, 9, seed=4).base, pairs.base)
+    assert torch.equal(prompts.ioi_pairs(llama, 9, seed=3).base, pairs.base) and not torch.equal(prompts.ioi_pairs(llama, 9, seed=4).base, pairs.base)
     assert pairs[2:4].order == pairs.order[2:4] and torch.equal(pairs[[0, 5]].target, pairs.target[[0, 5]])
-    with pytest.raises(SparseCodingError, match="could be made"): ioi.ioi_pairs(llama, 9, templates=("{A} and {B}",))
+    with pytest.raises(SparseCodingError, match="could be made"): prompts.ioi_pairs(llama, 9, templates=("{A} and {B}",))
 
 
 def test_the_embedded_model_does_the_task():
-    rows = ioi.gate(model := load_model(), ioi.ioi_pairs(model, 12, seed=1))
+    rows = prompts.gate(model := load_model(), prompts.ioi_pairs(model, 12, seed=1))
     assert [r["order"] for r in rows] == ["ABBA", "BABA"] and all(r["accuracy"] >= .65 and r["logit difference"] > 1 for r in rows)

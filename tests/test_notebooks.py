@@ -3,8 +3,7 @@ import pytest
 
 from sparse_coding.presets import preset
 from sparse_coding.runs import cache_dir, read_json
-from sparse_coding.tools.runner import environment, execute, notebooks
-from sparse_coding.tools.runner import page_name
+from sparse_coding.tools.runner import environment, execute, notebooks, page_name
 
 NOTEBOOKS = notebooks()
 SECONDS = 600     # for one cell: any page may be the first that harvests and trains

@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from sparse_coding.presets import Site, SparseCodingError
-from sparse_coding.models import load_model
+from sparse_coding.stats import difference, interval
+from sparse_coding.models import load_model, final_norm
 from sparse_coding.attention import freeze_norm
-from sparse_coding.paper1.what_it_does import final_norm
-from sparse_coding.paper2.long_prefix import (Attending, attending, belonging, by_length, difference, disturbed,
-    first_long, induction_heads, induction_scores, interval, judge_hypothesis, judge_prefix, logit_parts, matched,
-    pick_pair, prefixed, random_rows, shortened, weights_at)
+from sparse_coding.paper2.claims import judge_hypothesis, judge_prefix
+from sparse_coding.paper2.long_prefix import (Attending, attending, belonging, by_length, disturbed, first_long,
+    induction_heads, induction_scores, logit_parts, matched, pick_pair, prefixed, random_rows, shortened, weights_at)
 from tiny import tiny_model
 
 

@@ -6,10 +6,11 @@ from torch.testing import assert_close
 
 from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
+from sparse_coding.partial_runs import run_z
 from sparse_coding.dictionaries import TopKSAE, UntiedSAE
-from sparse_coding.paper2.recursive import (Means, Node, _run_z, corpus_means, deviations, draw_roots,
-    induction_root, judge_rdfa, kept_shares, orders, plot_faithfulness, plot_graph, plot_step, rebuild, trace,
-    trace_back)
+from sparse_coding.paper2.claims import judge_rdfa
+from sparse_coding.paper2.recursive import (Means, Node, corpus_means, deviations, draw_roots, induction_root,
+    kept_shares, orders, plot_faithfulness, plot_graph, plot_step, rebuild, trace, trace_back)
 from tiny import tiny_model
 
 LAYERS = (1, 3, 4)
@@ -179,7 +180,7 @@ def test_with_all_at_their_means_the_stream_is_the_mean(model, traced, means):
 def test_a_layer_runs_on_a_given_stream(model, traced):
     for l in (*LAYERS, 0):
         x, site = model.resid_pre(traced.tokens, [l])[l], Site(l, "attn_z")
-        assert_close(_run_z(model, l, x), model.run_to(traced.tokens, site)[site], atol=1e-4, rtol=1e-3)
+        assert_close(run_z(model, l, x), model.run_to(traced.tokens, site)[site], atol=1e-4, rtol=1e-3)
 
 
 def test_orders_are_permutations_and_matched_ones_keep_kinds(traced, means):

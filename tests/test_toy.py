@@ -5,9 +5,10 @@ import torch
 
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.ledger import CLAIMS, verdict
+from sparse_coding.corpora import readable
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.paper1.overview import (ToyFeatures, by_range, distinct_tokens, interference, mean_by_token,
-    mmcs_null, neuron_basis, readable, represented, strongest, train_superposition)
+    mmcs_null, neuron_basis, represented, strongest_rows, train_superposition)
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
@@ -16,11 +17,11 @@ def generator(seed=0): return torch.Generator().manual_seed(seed)
 def test_strongest_equals_sorting_everything_at_once():
     x = torch.randn(20_000, 4, generator=generator())         # more than one chunk
     d = TiedSAE(4, 6).requires_grad_(False)
-    values, found = strongest(d, x, k=25)
+    values, found = strongest_rows(d, x, k=25)
     c = d.encode(x)
     torch.testing.assert_close(values, c.sort(0, descending=True).values[:25])
     torch.testing.assert_close(c.gather(0, found), values)
-    assert strongest(d, x[:10], k=25)[0].shape == (10, 6)
+    assert strongest_rows(d, x[:10], k=25)[0].shape == (10, 6)
 
 
 def test_distinct_tokens_equals_counting_a_set():
@@ -52,7 +53,7 @@ def test_neuron_basis_is_the_positive_part():
 
 
 def test_readable_shows_what_cannot_be_seen():
-    assert readable(" a\n") == "␣a\\n" and readable("$") == r"\$"
+    assert readable(" a\n") == "␣a↵" and readable("$") == r"\$"
 
 
 def test_interference_by_loops():

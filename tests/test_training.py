@@ -9,7 +9,7 @@ import torch
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.dictionaries import TiedSAE, UntiedSAE
 from sparse_coding.engine import Resampling, sae_loss
-from sparse_coding.paper1.training import ahead, read_log, train
+from sparse_coding.trainer import ahead, read_log, train
 
 
 def numpy_loss(M, b, x, alpha):
@@ -41,7 +41,7 @@ import sys, time, torch
 from pathlib import Path
 from sparse_coding.dictionaries import TiedSAE, TopKSAE, UntiedSAE
 from sparse_coding.engine import Resampling
-from sparse_coding.paper1.training import train
+from sparse_coding.trainer import train
 saes = [TiedSAE(16, 32, seed=0), UntiedSAE(16, 24, pre_bias=True, norm="project", seed=1), TopKSAE(16, 40, k=3, seed=2)]
 def stream(start):
     for step in range(start, 120):

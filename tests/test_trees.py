@@ -6,18 +6,17 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from sparse_coding import trees
 from sparse_coding.presets import Site, SparseCodingError, preset
-from sparse_coding.ledger import CLAIMS
-from sparse_coding.models import LAYOUTS, load_model
+from sparse_coding.ledger import claims, CLAIMS
+from sparse_coding.models import LAYOUTS, load_model, final_norm
+from sparse_coding.partial_runs import Packed, run_rows
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import load_store
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.evidence import FragmentStore, evidence
 from sparse_coding.lexicon import TokenLexicon
-from sparse_coding.paper1.what_it_does import final_norm
-from sparse_coding.paper1.causes import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
-from sparse_coding.core import RULES
+from sparse_coding.paper1.causes import (causes as trees, Causes, Chain, Contexts, causes, draw_contexts, edges,
+    find_causes, grow)
 from tiny import TEXT, tiny_model
 
 LAYERS = (1, 2, 4)
@@ -125,7 +124,7 @@ def test_gradients_are_finite_differences(chain):
     read = lambda y: (y[:, -1] @ target.W_dec[3])
     g = trees.gradients(model, 1, 4, x, read)
     with torch.inference_mode():
-        through = lambda x: read(trees._run(model, 1, x.flatten(0, 1)[None], *packed(x, model), Site(4))[0].view(3, -1, 32))
+        through = lambda x: read(run_rows(model, 1, x.flatten(0, 1)[None], *packed(x, model), Site(4))[0].view(3, -1, 32))
         for pos,f in ((2, chain.saes[1].W_dec[7]), (11, chain.saes[1].W_dec[9])):
             step = torch.zeros_like(x)
             step[:, pos] = 1e-2*f
@@ -135,8 +134,8 @@ def test_gradients_are_finite_differences(chain):
 
 def packed(x, model):
     "All positions of some rows, computed now."
-    see, fresh = trees._number(torch.arange(x.shape[0]*x.shape[1]).view(x.shape[:2]), torch.zeros(len(x)), 0)
-    return trees._Packed(see, fresh, {}, {}), "packed"
+    see, fresh = trees.renumber(torch.arange(x.shape[0]*x.shape[1]).view(x.shape[:2]), torch.zeros(len(x)), 0)
+    return Packed(see, fresh, {}, {}), "packed"
 
 
 def test_attribution_is_the_limit_of_ablation(llama, monkeypatch):
@@ -312,4 +311,4 @@ EDGES = [
 
 @pytest.mark.parametrize("claim, rec, verdict", EDGES, ids=[f"{c}, {v}, {i}" for i,(c,_,v) in enumerate(EDGES)])
 def test_rules_at_their_edges(claim, rec, verdict):
-    assert claim in CLAIMS and RULES[claim](rec) == verdict
+    assert claim in CLAIMS and claims()[claim].judge(rec) == verdict

@@ -5,7 +5,7 @@ import torch
 
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.dictionaries import TiedSAE, evaluate
-from sparse_coding.paper1.training import train
+from sparse_coding.trainer import train
 from sparse_coding.paper1.choices import common_l0, fvu_at, knee, line, over_text, redrawn, size_slope, tie_ratio
 
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'decomposition', 'searched', 'strongest', 'by_gradient', 'on_grid', 'shared_grid', 'area_between',
-           'plot_curve', 'plot_fig3', 'judge_fig3_left', 'judge_fig3_right', 'judge_alpha_0', 'floors', 'judge_floor',
-           'needed', 'plot_needed', 'plot_fig17', 'judge_fig17']
+           'plot_curve', 'plot_fig3', 'floors', 'needed', 'plot_needed', 'plot_fig17']
 
 # %% ../../nbs/paper1/41_fewest_features.ipynb #b8352177
 from collections.abc import Iterable
@@ -16,14 +15,15 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 
-from ..core import Preset, Recipe, Site, load_or_compute, rule
+from ..presets import Preset, Recipe, Site
+from ..runs import load_or_compute
 from ..plots import COLORS, plain_log
 from ..models import LanguageModel
 from ..dictionaries import Dictionary
+from ..study import dictionary
 from ..evidence import fingerprint
-from .training import dictionary
+from ..search import Curve, Patching, acdc, attribution, midpoints, ranked
 from .baselines import baseline
-from .ioi import Curve, Patching, acdc, attribution, midpoints, ranked
 
 # %% ../../nbs/paper1/41_fewest_features.ipynb #149652b4
 def decomposition(
@@ -150,24 +150,6 @@ def plot_fig3(
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
-# %% ../../nbs/paper1/41_fewest_features.ipynb #0012c8b0
-@rule("P1-fig3l")
-def judge_fig3_left(rec):
-    "PCA minus SAE over log counts: interval above 0 at the working alpha; partly if so at another alpha only."
-    above = {k: low > 0 for k,(low,_) in rec["intervals"].items()}
-    return "holds" if above[rec["working"]] else "partly" if any(above.values()) else "does not hold"
-
-@rule("P1-fig3r")
-def judge_fig3_right(rec):
-    "The same over edit magnitudes."
-    return judge_fig3_left(rec)
-
-@rule("P1-alpha0")
-def judge_alpha_0(rec):
-    "PCA minus alpha 0: the interval is not above 0, in both panels; partly in one."
-    not_above = [low <= 0 for low,_ in rec["intervals"].values()]
-    return "holds" if all(not_above) else "partly" if any(not_above) else "does not hold"
-
 # %% ../../nbs/paper1/41_fewest_features.ipynb #7dccc26a
 @torch.inference_mode()
 def floors(
@@ -176,12 +158,6 @@ def floors(
     "Divergence with nothing patched, with everything, and of the target with its own reconstruction."
     whole, codes = case.edit(case.live), case.sae.encode(case.x + case.change)
     return {k: case.kl(e).numpy() for k,e in (("nothing", case.edit([])), ("everything", whole), ("reconstruction only", (case.sae.decode(codes) - case.x)*case.pairs.differ[..., None].to(codes.device)))}
-
-@rule("P1-floor")
-def judge_floor(rec):
-    "Every step up in alpha raises the floor, by its interval; partly if the last is above the first."
-    steps, whole = rec["steps"], rec["whole"]
-    return "holds" if all(low > 0 for low,_ in steps) else "partly" if whole[0] > 0 else "does not hold"
 
 # %% ../../nbs/paper1/41_fewest_features.ipynb #2cb38110
 def needed(
@@ -234,9 +210,3 @@ def plot_fig17(
     for row,label in zip(axes, ("features patched", "mean edit magnitude")): row[len(by_layer)//2].set(xlabel=label)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig
-
-@rule("P1-fig17")
-def judge_fig17(rec):
-    "The rules of Figure 3 at every layer; partly if at some, in some panel."
-    ahead = [low > 0 for low,_ in rec["intervals"].values()]
-    return "holds" if all(ahead) else "partly" if any(ahead) else "does not hold"

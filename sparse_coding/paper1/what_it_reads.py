@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_mass', 'next_tokens', 'token_group', 'candidates', 'explained', 'with_words', 'active_on', 'about', 'ranges',
-           'plot_tokens', 'share_ci', 'purity', 'recall', 'judge_input', 'judge_not_all', 'overlap',
-           'judge_polysemantic', 'judge_others', 'judge_context', 'judge_outlier', 'own_purity', 'plot_purities',
-           'judge_typical']
+           'token_counts', 'plot_tokens', 'purity', 'recall', 'overlap', 'own_purity', 'split_purity', 'plot_purities']
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #e00222f1
 import re
@@ -18,13 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..core import Site, SparseCodingError, fast_matmul, rule
+from ..presets import Site, SparseCodingError
+from ..runs import fast_matmul
+from ..stats import share_ci
 from ..plots import COLORS
 from ..models import LanguageModel
+from ..corpora import readable, token_texts
 from ..dictionaries import Dictionary
 from ..evidence import Evidence, FragmentStore
 from ..lexicon import TokenLexicon, in_words
-from .overview import readable
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #0634d044
 @torch.inference_mode()
@@ -32,8 +32,8 @@ def token_mass(
     sae:Dictionary, # of any kind
     store:FragmentStore, # text with activations
     site:Site, # where the dictionary reads
-    ids:Int[np.ndarray, "fragments seq"]=None, # another label for every token, such as the token after it; -1 for places that do not count
-    above:Float[Tensor, "d_sae"]=None, # count only activations above this, per feature
+    ids:Int[np.ndarray, "fragments seq"]=None, # another label for every token; -1 for places that do not count
+    above:Float[Tensor, "d_sae"]=None, # per feature: count only activations above this
 ) -> Float[Tensor, "vocab d_sae"]: # units of the activations; negative codes count as 0
     "Summed activation of every feature by token."
     ids = torch.from_numpy(np.array(store.tokens if ids is None else ids, np.int64)).flatten()
@@ -47,6 +47,7 @@ def token_mass(
             mass.index_add_(0, at[a:b], c if above is None else c*(c > above))
     return torch.zeros(int(labels.max()) + 1, sae.d_sae).index_copy_(0, labels, mass)
 
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #f47e0b97
 def next_tokens(
     tokens:Int[np.ndarray, "fragments seq"], # text
 ) -> Int[np.ndarray, "fragments seq"]: # -1 at the last place
@@ -59,13 +60,9 @@ def token_group(
     pattern:str, # a regular expression for the whole text of a token
 ) -> list[int]: # token ids
     "The tokens of one kind."
-    return [i for i,text in enumerate(_texts(model)) if re.fullmatch(pattern, text)]
+    return [i for i,text in enumerate(token_texts(model)) if re.fullmatch(pattern, text)]
 
-def _texts(model, known={}):
-    "The text of every token, decoded once."
-    if model.vocab_fingerprint not in known: known[model.vocab_fingerprint] = model.str_tokens(np.arange(len(model.tokenizer)))
-    return known[model.vocab_fingerprint]
-
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #891c90c1
 def candidates(
     mass:Float[Tensor, "vocab d_sae"], # from `token_mass`
     ids:list[int], # the group
@@ -74,11 +71,13 @@ def candidates(
 ) -> list[dict]: # feature, purity and share, the purest first
     "Features that are about a group of tokens; raises if no feature fires on any of them."
     ids = [i for i in ids if i < len(mass)]
-    if not mass[ids].any(): raise SparseCodingError("No feature fires on this group: is a space before the word part of the token (' ?word')?")
+    if not mass[ids].any():
+        raise SparseCodingError("No feature fires on this group: is a space before the word part of the token (' ?word')?")
     inside, whole = mass[ids].sum(0), mass.sum(0)
     purity, share = inside/whole.clamp(min=1e-9), inside/inside.sum().clamp(min=1e-9)
     purity[share < at_least] = 0.
-    return [{"feature": j, "purity": float(purity[j]), "share": float(share[j])} for j in purity.argsort(descending=True)[:n].tolist() if purity[j] > 0]
+    best = [j for j in purity.argsort(descending=True)[:n].tolist() if purity[j] > 0]
+    return [{"feature": j, "purity": float(purity[j]), "share": float(share[j])} for j in best]
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #4839fb83
 def explained(
@@ -90,6 +89,7 @@ def explained(
     "What a token lexicon says of features."
     return [in_words(l, model) for l in TokenLexicon(length).explain([found.shown(int(j)) for j in features])]
 
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #9f1da6e8
 def with_words(
     table:list[dict], # with a key "feature"
     found:Evidence, # of the dictionary
@@ -112,7 +112,8 @@ def active_on(
 ) -> list[dict]: # feature and activation, the strongest first
     "The features that respond to the end of a prompt."
     c = sae.check(model, site).encode(model.run_to(model.tokenize(prompt), site)[site][0, -1]).cpu()
-    return [{"feature": j, "activation": float(c[j])} for j in torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist() if c[j] > 0]
+    best = torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist()
+    return [{"feature": j, "activation": float(c[j])} for j in best if c[j] > 0]
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #96bda2f8
 def about(
@@ -133,48 +134,55 @@ def ranges(
     return np.where(acts > 0, np.minimum(np.ceil(acts*parts/max(acts.max(), 1e-9)), parts) - 1, -1).astype(int)
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #653f9431
+_TONES = [plt.get_cmap("tab20")(k) for k in (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)]
+
 def _brief(count): return f"{count:,}" if count < 1000 else f"{count/1000:.3g}k"
 
 def _legible(text):
-    "A token's text for a legend: runs of blanks as their number; matplotlib leaves out labels that begin with an underscore."
-    text = re.sub("␣{3,}", lambda m: f"␣×{len(m[0])}", readable(text))
+    "A token's text for a legend; matplotlib leaves out labels that begin with an underscore."
+    text = readable(text)
     return "\u200a" + text if text.startswith("_") else text
 
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #71447a8e
+def token_counts(
+    acts:Float[np.ndarray, "fragments seq"], # of one feature
+    tokens:Int[np.ndarray, "fragments seq"], # the text
+    n:int=6, # tokens to be told apart: those with most of the activation
+) -> tuple[list[int], Int[np.ndarray, "n ranges"], Int[np.ndarray, "ranges"]]: # tokens, firings of each, firings of all
+    "How often a feature fires on its strongest tokens, in each of ten ranges of its activation."
+    acts, tokens = np.ravel(acts), np.ravel(tokens)
+    at = ranges(acts)
+    on = at >= 0
+    ids, group = np.unique(tokens[on], return_inverse=True)
+    best = ids[np.argsort(-np.bincount(group, acts[on], len(ids)), kind="stable")[:n]].tolist()
+    each = [np.bincount(at[on & (tokens == token)], minlength=10) for token in best]
+    return best, np.array(each).reshape(-1, 10), np.bincount(at[on], minlength=10)
+
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #fb4da49a
 def plot_tokens(
     ax:plt.Axes, # to be filled
     acts:Float[np.ndarray, "fragments seq"], # of one feature
     tokens:Int[np.ndarray, "fragments seq"], # the text
     model:LanguageModel, # turns tokens into text
     n:int=6, # tokens with a colour of their own: those with most of the activation
+    colors:dict=None, # token -> colour, filled here; give the same to all panels of a figure
 ):
     "Figure 4, left: which tokens make up each range of a feature's activation."
-    at, tokens = ranges(np.ravel(acts)), np.ravel(tokens)
-    ids, group = np.unique(tokens[at >= 0], return_inverse=True)
-    total, bottom = np.maximum(np.bincount(at[at >= 0], minlength=10), 1), np.zeros(10)
-    names = [*ids[np.argsort(-np.bincount(group, np.ravel(acts)[at >= 0], len(ids)), kind="stable")[:n]], None]
-    colors = [*(COLORS[k] for k in ("sae", "target", "ica", "pca", "basis", "other")[:n]), "#dddddd"]
-    for token,color in zip(names, colors):
-        mine = np.bincount(at[(at >= 0) & (tokens == token)], minlength=10)/total if token is not None else (np.bincount(at[at >= 0], minlength=10) > 0) - bottom
-        ax.bar(np.arange(10) + .5, mine, .9, bottom, color=color, label="all others" if token is None else _legible(model.str_tokens([token])[0]))
-        bottom = bottom + mine
-    for k,count in enumerate(np.bincount(at[at >= 0], minlength=10)): ax.text(k + .5, 1.02, _brief(count), ha="center", fontsize=6)
-    edge = np.max(acts)/10
-    ax.set(xlim=(0, 10), ylim=(0, 1), xticks=range(0, 11, 2), xticklabels=[f"{edge*k:.2g}" for k in range(0, 11, 2)], xlabel="activation", ylabel="share of tokens")
+    colors = {} if colors is None else colors
+    best, each, total = token_counts(acts, tokens, n)
+    x, bottom = np.arange(10) + .5, np.zeros(10)
+    for token,share in zip(best, each/np.maximum(total, 1)):
+        color = colors.setdefault(token, _TONES[len(colors) % len(_TONES)])
+        ax.bar(x, share, .9, bottom, color=color, label=_legible(model.str_tokens([token])[0]))
+        bottom = bottom + share
+    ax.bar(x, (total > 0) - bottom, .9, bottom, color="#dddddd", label="all others")
+    for k,count in enumerate(total): ax.text(k + .5, 1.02, _brief(count), ha="center", fontsize=6)
+    labels = [f"{np.max(acts)/10*k:.2g}" for k in range(0, 11, 2)]
+    ax.set(xlim=(0, 10), ylim=(0, 1), xticks=range(0, 11, 2), xticklabels=labels, xlabel="activation",
+           ylabel="share of tokens")
     ax.legend(fontsize=7, handlelength=1, bbox_to_anchor=(1, 1.02), loc="upper left")
 
-# %% ../../nbs/paper1/50_what_it_reads.ipynb #be85b487
-def share_ci(
-    part:Float[np.ndarray, "fragments"], # sums per fragment
-    whole:Float[np.ndarray, "fragments"], # likewise; never less than the part
-    draws:int=1000, # of fragments, with replacement
-) -> tuple[float, tuple[float, float]]: # share and 95% interval; nan where there is nothing
-    "A ratio of sums, with its interval by bootstrap over fragments."
-    part, whole = (np.asarray(v, np.float64)[whole > 0] for v in (part, whole))
-    if not len(whole): return float("nan"), (float("nan"),)*2
-    drawn = np.random.default_rng(0).multinomial(len(whole), np.full(len(whole), 1/len(whole)), draws)
-    low, high = np.quantile(drawn @ part/(drawn @ whole), (.025, .975))
-    return float(part.sum()/whole.sum()), (float(low), float(high))
-
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #1e2c5ff2
 def purity(
     acts:Float[np.ndarray, "fragments seq"], # of one feature
     inside:Bool[np.ndarray, "fragments seq"], # which tokens belong to the group
@@ -184,25 +192,13 @@ def purity(
     acts = np.where(acts > above*acts.max(), acts, 0.)
     return share_ci((acts*inside).sum(1), acts.sum(1))
 
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #bc8c9060
 def recall(
     acts:Float[np.ndarray, "fragments seq"], # of one feature
     inside:Bool[np.ndarray, "fragments seq"], # which tokens belong to the group
 ) -> tuple[float, tuple[float, float]]:
     "Share of a group's tokens on which a feature fires."
     return share_ci(((acts > 0) & inside).sum(1), inside.sum(1))
-
-# %% ../../nbs/paper1/50_what_it_reads.ipynb #aed2b7be
-@rule("P1-fig4l")
-def judge_input(rec):
-    "In the upper half of its range the feature's purity is above .9, by its interval, and over the whole range above .5; partly if one of the two."
-    pure = rec["upper"][0] > .9, rec["whole"][0] > .5
-    return "holds" if all(pure) else "partly" if any(pure) else "does not hold"
-
-@rule("P1-notall")
-def judge_not_all(rec):
-    "Recall of the feature below .9, by its interval, and another feature of purity above .5 fires where it does not; partly if only the first."
-    missed = rec["recall"][1] < .9
-    return "holds" if missed and rec["others"] > 0 else "partly" if missed else "does not hold"
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #86f6ffc9
 def overlap(
@@ -212,31 +208,6 @@ def overlap(
     "How often features fire on the same tokens of a group."
     fires = (acts[inside] > 0).astype(float)
     with np.errstate(invalid="ignore"): return fires.T @ fires/fires.sum(0)[:, None]
-
-# %% ../../nbs/paper1/50_what_it_reads.ipynb #936a6bad
-@rule("P1-poly")
-def judge_polysemantic(rec):
-    "The best side of any coordinate is less pure than the feature, intervals apart, and below .5; partly if only one of the two."
-    apart = rec["side"][1] < rec["feature_purity"][0], rec["side"][1] < .5
-    return "holds" if all(apart) else "partly" if any(apart) else "does not hold"
-
-# %% ../../nbs/paper1/50_what_it_reads.ipynb #bce7a2dd
-@rule("P1-others")
-def judge_others(rec):
-    "For periods, ' the' and line ends there is a feature of purity above .5, by its interval; partly for some."
-    found = [low > .5 for low,_ in rec["purities"].values()]
-    return "holds" if all(found) else "partly" if any(found) else "does not hold"
-
-@rule("P1-fig12/13")
-def judge_context(rec):
-    "The same for 'if' in code and for 'dis'."
-    return judge_others(rec)
-
-# %% ../../nbs/paper1/50_what_it_reads.ipynb #3012cada
-@rule("P1-outlier")
-def judge_outlier(rec):
-    "Some coordinate carries ten times the median energy, and some live feature has over half of its squared weight in such; partly if only the first."
-    return "holds" if rec["coordinates"] and rec["features"] else "partly" if rec["coordinates"] else "does not hold"
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #7c796b32
 def own_purity(
@@ -250,25 +221,35 @@ def own_purity(
     pure = judged[:n].gather(0, top).sum(0)/judged.sum(0)
     return torch.where((judged.sum(0) > 0) & (chosen.sum(0) > 0), pure, torch.nan)
 
+# %% ../../nbs/paper1/50_what_it_reads.ipynb #bc9bbe50
+def split_purity(
+    sae:Dictionary, # of any kind
+    store:FragmentStore, # text with activations
+    site:Site, # where the dictionary reads
+    above:Float[Tensor, "d_sae"]=None, # count only activations above this, per feature
+) -> Float[Tensor, "d_sae"]: # nan for features that are silent on either half
+    "Purity of all features, each on its own five tokens: chosen on every other fragment, judged on the rest."
+    tokens = np.asarray(store.tokens)
+    even = np.arange(len(tokens))[:, None] % 2 == 0
+    chosen = token_mass(sae, store, site, np.where(even, tokens, -1), above)
+    judged = token_mass(sae, store, site, np.where(even, -1, tokens), above)
+    return own_purity(chosen, judged)
+
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #3cdef2ce
 def plot_purities(
     ax:plt.Axes, # to be filled
-    purities:dict[str, Float[np.ndarray, "n"]], # by decomposition; keys of COLORS
+    purities:dict[str, Float[np.ndarray, "n"]], # by decomposition; keys of COLORS, "sae" among them
     labels:dict[str, str], # for the legend
-    picked:dict[str, float], # purity of features that were shown, by a number or a short name
+    picked:dict[str, float], # purity of some features of the SAE, by name
 ):
     "How pure features are: the share of them with at least a given purity."
-    for key,v in purities.items(): ax.plot(np.sort(v)[::-1], np.arange(1, len(v) + 1)/len(v), color=COLORS[key], label=labels[key])
-    for k,(name,value) in enumerate(sorted((kv for kv in picked.items() if kv[1] >= 0), key=lambda kv: kv[1])):
-        top = .06 + .07*(k % 4)
-        ax.plot([value]*2, [0, top], color=COLORS["ink"], lw=.8)
-        ax.text(value, top, name, ha="center", va="bottom", fontsize=7, bbox=dict(fc="white", ec="none", alpha=.8, pad=.6))
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="purity on a feature's own five tokens", ylabel="share of features at least as pure")
+    for key,v in purities.items():
+        ax.plot(np.sort(v)[::-1], np.arange(1, len(v) + 1)/len(v), color=COLORS[key], label=labels[key])
+    for k,(name,value) in enumerate(sorted(picked.items(), key=lambda kv: kv[1])):
+        here = value, float((purities["sae"] >= value).mean())
+        ax.plot(*here, "o", ms=4, color=COLORS["ink"])
+        there = value, here[1] + .1 + .07*(k % 2)
+        ax.annotate(name, here, there, fontsize=7, ha="center", arrowprops=dict(arrowstyle="-", lw=.6))
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="purity on a feature's own five tokens",
+           ylabel="share of features at least as pure")
     ax.legend()
-
-# %% ../../nbs/paper1/50_what_it_reads.ipynb #cd3866a6
-@rule("P1-typical")
-def judge_typical(rec):
-    "The median live feature's purity is above that of random directions and of coordinates, intervals apart, and above .5; partly if only the first."
-    ahead = all(rec["medians"]["sae"][0] > rec["medians"][k][1] for k in ("random", "basis"))
-    return "holds" if ahead and rec["medians"]["sae"][0] > .5 else "partly" if ahead else "does not hold"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AND', 'FILLER', 'PLACES_READ', 'CONJUNCTIONS', 'Sentences', 'plans', 'written', 'sentences', 'logit_difference',
-           'summary', 'spliced', 'at_mean', 'judge_gate', 'at_place', 'losses_by_layer', 'Effects', 'feature_effects',
-           'by_order', 'plot_effects', 'together', 'judge_position', 'read_from', 'beside_and', 'strongest_places',
-           'noising', 'reordered', 'lead', 'recovery', 'plot_noising', 'judge_and', 'name_movers', 'rotated', 'Side',
-           'side', 'ScoreParts', 'score_parts', 'greedy_pairs', 'variance_explained', 'judge_pairs']
+           'at_place', 'losses_by_layer', 'summary', 'spliced', 'at_mean', 'Effects', 'feature_effects', 'by_order',
+           'plot_effects', 'top_tokens', 'together', 'read_from', 'beside_and', 'strongest_places', 'noising',
+           'reordered', 'lead', 'recovery', 'plot_noising', 'name_movers', 'rotated', 'Side', 'side', 'ScoreParts',
+           'score_parts', 'greedy_pairs', 'variance_explained', 'PairShares', 'explained_by_pairs', 'plot_pairs']
 
 # %% ../../nbs/paper2/43_ioi.ipynb #d5becdd6
 from collections.abc import Callable, Iterable
@@ -22,25 +22,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import Site, SparseCodingError, fast_matmul, load_or_compute, mean_ci, rule
+from ..presets import Site, SparseCodingError
+from ..runs import fast_matmul, load_or_compute
+from ..stats import mean_ci, difference
 from ..plots import COLORS
 from ..models import LanguageModel
-from ..attention import _columns, _heads_of, freeze_norm
+from ..attention import columns, heads_of, freeze_norm
+from ..corpora import readable
 from ..activations import ActivationStore
 from ..dictionaries import Dictionary
 from ..evidence import fingerprint
-from ..paper1.overview import readable
-from ..paper1.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+from ..prompts import NAMES, OBJECTS, PLACES, TEMPLATES
 from .saes import attention_sae, attention_stores, paper_two
-from .long_prefix import difference, logit_parts, matched
+from .long_prefix import logit_parts, matched
 
 # %% ../../nbs/paper2/43_ioi.ipynb #2b2dec0a
 AND = tuple(t.replace("{A} and", "{A}{and}") for t in TEMPLATES if "{A} and {B}" in t)
 FILLER = "It was a nice day. ", " while the weather was nice"
 
+# %% ../../nbs/paper2/43_ioi.ipynb #f5fbf0ba
 @dataclass(frozen=True)
 class Sentences:
-    "IOI sentences without their last word, the beginning of text before each, filled up after their end."
+    "IOI sentences without their last token, the beginning of text before each, filled up after their end."
     tokens: Int[Tensor, "n seq"]
     io: Int[Tensor, "n"] # the name to be said
     s: Int[Tensor, "n"] # the subject
@@ -48,7 +51,8 @@ class Sentences:
     order: np.ndarray # "ABBA" or "BABA"
 
     def __len__(self): return len(self.tokens)
-    def __getitem__(self, i): return Sentences(self.tokens[i], self.io[i], self.s[i], {k: v[i] for k,v in self.at.items()}, self.order[i])
+    def __getitem__(self, i):
+        return Sentences(self.tokens[i], self.io[i], self.s[i], {k: v[i] for k,v in self.at.items()}, self.order[i])
 
 # %% ../../nbs/paper2/43_ioi.ipynb #09330f2d
 def plans(
@@ -59,11 +63,14 @@ def plans(
 ) -> list[dict]: # as many of each order, or one more ABBA
     "What sentences are made of, four different names each; raises for fewer than four names of one token."
     names, rng = [v for v in names if model.tokenize(" " + v).shape[1] == 1], np.random.default_rng(seed)
-    if len(names) < 4: raise SparseCodingError(f"Noising needs four names that are one token in {model.name}, and {len(names)} of those given are.")
-    draw = lambda i: dict(names=rng.choice(names, 4, replace=False).tolist(), order=("ABBA", "BABA")[i % 2], template=str(rng.choice(AND)),
-                          place=str(rng.choice(PLACES)), object=str(rng.choice(OBJECTS)))
+    if len(names) < 4: raise SparseCodingError(f"Noising needs four names that are one token in {model.name}, "
+                                               f"and {len(names)} of those given are.")
+    def draw(i):
+        return dict(names=rng.choice(names, 4, replace=False).tolist(), order=("ABBA", "BABA")[i % 2],
+                    template=str(rng.choice(AND)), place=str(rng.choice(PLACES)), object=str(rng.choice(OBJECTS)))
     return [draw(i) for i in range(n)]
 
+# %% ../../nbs/paper2/43_ioi.ipynb #87dc62b6
 def written(
     plan:dict, # from `plans`
     conjunction:str=" and", # between the first two names
@@ -89,12 +96,19 @@ def sentences(
     io, s = (torch.tensor([int(model.tokenize(" " + v)[0, 0]) for v in names]) for names in (ios, subjects))
     end = torch.tensor([len(row) - 1 for row in ids])
     tokens = torch.tensor([row + [model.eot_id]*(int(end.max()) + 1 - len(row)) for row in ids])
+    order = np.array([plan["order"] for plan in planned])
+    return Sentences(tokens, io, s, _places(tokens, io, s) | {"END": end}, order)
+
+# %% ../../nbs/paper2/43_ioi.ipynb #0b9f9fda
+def _places(tokens, io, s):
+    "Where the names stand."
     of_io, of_s = tokens == io[:, None], tokens == s[:, None]
-    if (of_io.sum(1) != 1).any() or (of_s.sum(1) != 2).any(): raise SparseCodingError("A sentence must hold its indirect object once and its subject twice: give templates that do.")
+    if (of_io.sum(1) != 1).any() or (of_s.sum(1) != 2).any():
+        raise SparseCodingError("A sentence must hold its indirect object once and its subject twice: "
+                                "give templates that do.")
     s1, rest = of_s.int().argmax(1), of_s.clone()
     rest[torch.arange(len(tokens)), s1] = False
-    at = {"IO": of_io.int().argmax(1), "S1": s1, "S2": rest.int().argmax(1), "END": end}
-    return Sentences(tokens, io, s, at, np.array([plan["order"] for plan in planned]))
+    return {"IO": of_io.int().argmax(1), "S1": s1, "S2": rest.int().argmax(1)}
 
 # %% ../../nbs/paper2/43_ioi.ipynb #246950ec
 @torch.inference_mode()
@@ -103,53 +117,25 @@ def logit_difference(
     s:Sentences, # whose names
     edits:Callable=None, # from the numbers of some lines to {site: function}; nothing is changed if not given
     rows:Int[Tensor, "m"]=None, # the sentence of each line; every sentence once if not given
-    given:tuple[int, Float[Tensor, "n seq d_model"]]=None, # a layer and the residual stream before it, below which nothing changes
+    given:tuple[int, Float[Tensor, "n seq d_model"]]=None, # a layer and the stream before it
     batch:int=48, # lines at once
 ) -> Float[np.ndarray, "m"]:
     "Logit of the indirect object minus the subject's, after each line."
-    rows, found = torch.arange(len(s)) if rows is None else rows, []
-    U = model.hf.get_output_embeddings()
-    for part in torch.arange(len(rows)).split(batch):
-        r = rows[part]
-        layer = given[0] if given else 0
-        with model._hooks(edits(part) if edits else {}), fast_matmul(model.device):
-            if layer: h = model.above(layer - 1, x := given[1][r.to(model.device)])(inputs_embeds=x, use_cache=False)
-            else: h = model.hf.base_model(model._ids(s.tokens[r]), use_cache=False)
-        h = h.last_hidden_state[torch.arange(len(r)), s.at["END"][r]].double()
-        gap = (h*(U.weight[s.io[r]] - U.weight[s.s[r]])).sum(-1)
-        found.append(gap if U.bias is None else gap + U.bias[s.io[r]] - U.bias[s.s[r]])
-    return torch.cat(found).cpu().numpy()
+    rows = torch.arange(len(s)) if rows is None else rows
+    parts = torch.arange(len(rows)).split(batch)
+    gaps = [_gap(model, s, rows[part], edits(part) if edits else {}, given) for part in parts]
+    return torch.cat(gaps).cpu().numpy()
 
-# %% ../../nbs/paper2/43_ioi.ipynb #99824722
-def summary(
-    values:Float[np.ndarray, "n"], # logit differences
-) -> dict:
-    "Mean with its interval, and accuracy."
-    mean, (low, high) = mean_ci(values)
-    return {"logit difference": mean, "low": low, "high": high, "accuracy": float((values > 0).mean())}
-
-# %% ../../nbs/paper2/43_ioi.ipynb #ef2e9757
-def spliced(
-    saes:dict[int, Dictionary], # by layer
-) -> Callable: # for `logit_difference`
-    "Reconstructions in the place of what attention hands on, but for position 0."
-    def put(sae):
-        def fn(x): return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
-        return fn
-    return lambda part: {Site(l, "attn_z"): put(sae) for l,sae in saes.items()}
-
-def at_mean(
-    site:Site, # where
-    mean:Float[Tensor, "d_in"], # over text
-) -> Callable: # for `logit_difference`
-    "One vector in the place of all others, but for position 0: what a reconstruction has to be compared with."
-    return lambda part: {site: lambda x: torch.cat([x[:, :1], mean.to(x).expand_as(x[:, 1:])], 1)}
-
-@rule("P2-ioigate")
-def judge_gate(rec):
-    "Each layer by itself keeps four fifths of the logit difference and all but .05 of the accuracy; partly at half of the layers or more."
-    ok = [d >= .8*rec["clean"][0] and a >= rec["clean"][1] - .05 for d,a in rec["layers"].values()]
-    return "holds" if all(ok) else "partly" if sum(ok)*2 >= len(ok) else "does not hold"
+# %% ../../nbs/paper2/43_ioi.ipynb #32da7764
+def _gap(model, s, r, edits, given):
+    "The same for the sentences r."
+    U, (layer, x) = model.hf.get_output_embeddings(), given or (0, None)
+    with model._hooks(edits), fast_matmul(model.device):
+        if layer: h = model.above(layer - 1, x := x[r.to(model.device)])(inputs_embeds=x, use_cache=False)
+        else: h = model.hf.base_model(model._ids(s.tokens[r]), use_cache=False)
+    h = h.last_hidden_state[torch.arange(len(r)), s.at["END"][r]].double()
+    gap = (h*(U.weight[s.io[r]] - U.weight[s.s[r]])).sum(-1)
+    return gap if U.bias is None else gap + U.bias[s.io[r]] - U.bias[s.s[r]]
 
 # %% ../../nbs/paper2/43_ioi.ipynb #7b62a545
 def at_place(
@@ -161,9 +147,9 @@ def at_place(
     "One position of each line rewritten, and nothing else."
     def edits(part):
         def fn(x):
-            i, new = torch.arange(len(part), device=x.device), x.clone()
+            i, new, here = torch.arange(len(part), device=x.device), x.clone(), at[part].to(x.device)
             v = value[part].to(x)
-            new[i, at[part].to(x.device)] = new[i, at[part].to(x.device)] + v if add else v
+            new[i, here] = new[i, here] + v if add else v
             return new
         return {site: fn}
     return edits
@@ -176,30 +162,62 @@ def losses_by_layer(
     place:str="S2", # where
 ) -> Float[Tensor, "layers n"]:
     "Loss of logit difference with each layer's attention at one place at its mean, kept in the cache."
-    def compute(folder):
-        i, at = torch.arange(len(s)), s.at[place]
-        sites = [Site(l, "attn_out") for l in range(model.n_layers)]
-        out, x, clean = model.run_to(s.tokens, sites), model.resid_pre(s.tokens, range(model.n_layers)), logit_difference(model, s)
-        means = [out[site][i, at].mean(0).expand(len(s), -1) for site in sites]
-        found = [clean - logit_difference(model, s, at_place(site, at, m), given=(l, x[l])) for l,(site,m) in enumerate(zip(tqdm(sites, "layers", leave=False, delay=2), means))]
-        save_file({"lost": torch.from_numpy(np.stack(found))}, folder/"lost.safetensors")
+    def compute(folder): save_file({"lost": torch.from_numpy(_at_means(model, s, place))}, folder/"lost.safetensors")
     config = dict(model=model.fingerprint, tokens=s.tokens.tolist(), place=place)
-    return load_file(load_or_compute("ioi_layers", config, compute, code=(logit_difference, at_place))/"lost.safetensors")["lost"]
+    return load_file(load_or_compute("ioi_layers", config, compute, code=(_at_means,))/"lost.safetensors")["lost"]
+
+# %% ../../nbs/paper2/43_ioi.ipynb #7f600cdf
+def _at_means(model, s, place):
+    "As `losses_by_layer`, computed."
+    at, sites, found = s.at[place], [Site(l, "attn_out") for l in range(model.n_layers)], []
+    out, x = model.run_to(s.tokens, sites), model.resid_pre(s.tokens, range(model.n_layers))
+    clean = logit_difference(model, s)
+    for l,site in enumerate(tqdm(sites, "layers", leave=False, delay=2)):
+        mean = out[site][torch.arange(len(s)), at].mean(0).expand(len(s), -1)
+        found.append(clean - logit_difference(model, s, at_place(site, at, mean), given=(l, x[l])))
+    return np.stack(found)
+
+# %% ../../nbs/paper2/43_ioi.ipynb #99824722
+def summary(
+    values:Float[np.ndarray, "n"], # logit differences
+) -> dict:
+    "Mean with its interval, and accuracy."
+    mean, (low, high) = mean_ci(values)
+    return {"logit difference": mean, "low": low, "high": high, "accuracy": float((values > 0).mean())}
+
+# %% ../../nbs/paper2/43_ioi.ipynb #3fa84fb3
+def spliced(
+    saes:dict[int, Dictionary], # by layer
+) -> Callable: # for `logit_difference`
+    "Reconstructions in the place of what attention hands on, but for position 0."
+    def put(sae):
+        def fn(x): return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
+        return fn
+    return lambda part: {Site(l, "attn_z"): put(sae) for l,sae in saes.items()}
+
+# %% ../../nbs/paper2/43_ioi.ipynb #38808403
+def at_mean(
+    site:Site, # where
+    mean:Float[Tensor, "d_in"], # over text
+) -> Callable: # for `logit_difference`
+    "One vector in the place of all others, but for position 0: what a reconstruction has to be compared with."
+    return lambda part: {site: lambda x: torch.cat([x[:, :1], mean.to(x).expand_as(x[:, 1:])], 1)}
 
 # %% ../../nbs/paper2/43_ioi.ipynb #c0c19547
 @torch.inference_mode()
 def _here(model, s, layer, place):
-    "What a layer's attention hands on at one place, and the residual stream before the layer (none before the first, which runs anyway)."
+    "What a layer's attention hands on at one place, and the residual stream before the layer (not before the first)."
     z, before = Site(layer, "attn_z"), [Site(layer - 1)]*(layer > 0)
     seen = model.run_to(s.tokens, [*before, z])
     return seen[z][torch.arange(len(s)), s.at[place]], seen[before[0]] if layer else None
 
+# %% ../../nbs/paper2/43_ioi.ipynb #7b5ef73a
 @dataclass
 class Effects:
     "What taking out features at one place does to the logit difference."
     features: list[int] # active there in some sentence
     codes: Float[Tensor, "n features"]
-    change: dict[int|str, Float[np.ndarray, "n"]] # by feature, and of "error" and "all features"; 0 where a feature is silent
+    change: dict[int|str, Float[np.ndarray, "n"]] # by feature, "error", "all features"; 0 where silent
 
 # %% ../../nbs/paper2/43_ioi.ipynb #2bb118d5
 @torch.inference_mode()
@@ -211,26 +229,39 @@ def feature_effects(
     place:str="S2", # where
 ) -> Effects:
     "Take out every active feature at one place, the error kept; then the error, then all features. Kept in the cache."
-    site, at, i = Site(layer, "attn_z"), s.at[place], torch.arange(len(s))
     z, x = _here(model, s, layer, place)
-    codes, parts, error, W = (t.cpu() for t in (sae.check(model, site).encode(z), sae(z) - sae.b_dec, sae(z) - z, sae.W_dec))
-    rows, features = (codes > 0).nonzero(as_tuple=True)
-    rows, delta = torch.cat([rows, i, i]), torch.cat([-codes[rows, features][:, None]*W[features], error, -parts])
     def compute(folder):
-        found = logit_difference(model, s, at_place(site, at[rows], delta, add=True), rows, (layer, x))
-        save_file({"found": torch.from_numpy(found), "clean": torch.from_numpy(logit_difference(model, s, given=(layer, x)))}, folder/"effects.safetensors")
+        found, clean = _without_each(model, sae, s, layer, place, z, x), logit_difference(model, s, given=(layer, x))
+        save_file({"found": torch.from_numpy(found), "clean": torch.from_numpy(clean)}, folder/"effects.safetensors")
     config = dict(model=model.fingerprint, tokens=s.tokens.tolist(), place=place, layer=layer, sae=fingerprint(sae))
-    found = load_file(load_or_compute("ioi_effects", config, compute, code=(logit_difference, at_place))/"effects.safetensors")
+    found = load_file(load_or_compute("ioi_effects", config, compute, code=(_without_each,))/"effects.safetensors")
+    codes, rows, features, _ = _taken_out(sae.check(model, Site(layer, "attn_z")), z)
     return _effects_of(codes, rows, features, (found["found"] - found["clean"][rows]).numpy())
 
+# %% ../../nbs/paper2/43_ioi.ipynb #33a15b85
+def _taken_out(sae, z):
+    "Codes, the sentence and the feature of each line, and what is added: each feature, the error, all features away."
+    codes, parts, error, W = (t.cpu() for t in (sae.encode(z), sae(z) - sae.b_dec, sae(z) - z, sae.W_dec))
+    (rows, features), i = (codes > 0).nonzero(as_tuple=True), torch.arange(len(z))
+    delta = torch.cat([-codes[rows, features][:, None]*W[features], error, -parts])
+    return codes, torch.cat([rows, i, i]), features, delta
+
+# %% ../../nbs/paper2/43_ioi.ipynb #49dfecaf
+def _without_each(model, sae, s, layer, place, z, x):
+    "Logit differences line by line."
+    site = Site(layer, "attn_z")
+    _, rows, _, delta = _taken_out(sae.check(model, site), z)
+    return logit_difference(model, s, at_place(site, s.at[place][rows], delta, add=True), rows, (layer, x))
+
+# %% ../../nbs/paper2/43_ioi.ipynb #36969363
 def _effects_of(codes, rows, features, change):
     "Changes line by line, sorted by feature."
-    n, kinds = len(codes), sorted(set(features.tolist()))
-    by = {j: np.zeros(n) for j in kinds} | {"error": change[len(features):len(features) + n], "all features": change[len(features) + n:]}
+    n, m, kinds = len(codes), len(features), sorted(set(features.tolist()))
+    by = {j: np.zeros(n) for j in kinds} | {"error": change[m:m + n], "all features": change[m + n:]}
     for r,j,v in zip(rows.tolist(), features.tolist(), change): by[j][r] = v
     return Effects(kinds, codes[:, kinds], by)
 
-# %% ../../nbs/paper2/43_ioi.ipynb #5aa6d4be
+# %% ../../nbs/paper2/43_ioi.ipynb #414cc3eb
 def by_order(
     change:Float[np.ndarray, "n"], # of the logit difference
     order:np.ndarray, # of each sentence
@@ -238,29 +269,58 @@ def by_order(
     "An effect by template."
     a, b = (change[order == o] for o in ("ABBA", "BABA"))
     gap, ends = difference(a, b)
-    return {"ABBA": float(a.mean()), "BABA": float(b.mean()), "ABBA minus BABA": gap, "low": ends and ends[0], "high": ends and ends[1]}
+    low, high = ends or (None, None)
+    return {"ABBA": float(a.mean()), "BABA": float(b.mean()), "ABBA minus BABA": gap, "low": low, "high": high}
 
+# %% ../../nbs/paper2/43_ioi.ipynb #7262ddab
 def plot_effects(
     ax:plt.Axes, # to be filled
     effects:Effects, # from `feature_effects`
     order:np.ndarray, # of each sentence
     names:list, # features, and "error" or "all features", from above
+    labels:list[str]|None=None, # beside them; the names if not given
 ):
     "The change of each sentence's logit difference, by template: points, mean and quartiles."
     rng = np.random.default_rng(0)
     for o,color,up in (("ABBA", "sae", -.2), ("BABA", "target", .2)):
         data = [effects.change[k][order == o] for k in names]
-        for y,v in enumerate(data): ax.plot(v, y + up + rng.uniform(-.1, .1, len(v)), "o", ms=2.5, color=COLORS[color], alpha=.5, mew=0)
-        box = ax.boxplot(data, positions=np.arange(len(names)) + up, widths=.34, orientation="horizontal", showfliers=False, showmeans=True, whis=(5, 95), manage_ticks=False,
-                         meanprops=dict(marker="D", ms=3.5, mfc=COLORS[color], mec="white"), medianprops=dict(color=COLORS[color]))
-        for part in ("boxes", "whiskers", "caps"): [line.set(color=COLORS[color], lw=.8) for line in box[part]]
+        for y,v in enumerate(data):
+            ax.plot(v, y + up + rng.uniform(-.1, .1, len(v)), "o", ms=2.5, color=COLORS[color], alpha=.5, mew=0)
+        _boxes(ax, data, up, COLORS[color])
         ax.plot([], [], "o", color=COLORS[color], label=o)
     ax.axvline(0, color=COLORS["ink"], lw=.6)
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlabel="change of the logit difference", ylabel="taken out at S2")
+    ax.set(yticks=range(len(names)), yticklabels=labels or names, ylim=(len(names) - .5, -.5))
     ax.grid(axis="y", visible=False)
-    ax.legend()
 
-# %% ../../nbs/paper2/43_ioi.ipynb #ae6454f9
+# %% ../../nbs/paper2/43_ioi.ipynb #5aa6d4be
+def _boxes(ax, data, up, color):
+    "Lying boxes in one colour, a diamond at each mean."
+    box = ax.boxplot(data, positions=np.arange(len(data)) + up, widths=.34, orientation="horizontal", showfliers=False,
+                     showmeans=True, whis=(5, 95), manage_ticks=False, medianprops=dict(color=color),
+                     meanprops=dict(marker="D", ms=3.5, mfc=color, mec="white"))
+    for line in (*box["boxes"], *box["whiskers"], *box["caps"]): line.set(color=color, lw=.8)
+
+# %% ../../nbs/paper2/43_ioi.ipynb #00185d96
+def _codes(sae, store, site, features):
+    "Some features on all tokens of a store."
+    parts = (store.read(site, a, min(a + 4096, store.n)).to(sae.M.device) for a in range(0, store.n, 4096))
+    return torch.cat([sae.encode(x)[:, features].cpu() for x in parts])
+
+# %% ../../nbs/paper2/43_ioi.ipynb #5ce4482e
+@torch.inference_mode()
+def top_tokens(
+    model:LanguageModel, # turns tokens into text
+    sae:Dictionary, # of a layer's attention
+    store:ActivationStore, # held-out text
+    layer:int, # of the dictionary
+    features:list[int], # which
+) -> list[str]:
+    "The token on which each feature is most active."
+    site = Site(layer, "attn_z")
+    best = (_codes(sae, store, site, features)*store.keep(site)[:, None]).argmax(0).numpy()
+    return [readable(t) for t in model.str_tokens(np.asarray(store.tokens).ravel()[best])]
+
+# %% ../../nbs/paper2/43_ioi.ipynb #85f44c38
 @torch.inference_mode()
 def together(
     model:LanguageModel, # under study
@@ -274,17 +334,13 @@ def together(
     site, at = Site(layer, "attn_z"), s.at[place]
     z, x = _here(model, s, layer, place)
     delta = -sae.encode(z)[:, features] @ sae.W_dec[features]
-    return logit_difference(model, s, at_place(site, at, delta, add=True), given=(layer, x)) - logit_difference(model, s, given=(layer, x))
-
-@rule("P2-ioipos")
-def judge_position(rec):
-    "Three features together lose more than half of what all lose, and each of the three differs between the templates by its interval; partly if one of the two."
-    ok = rec["share"] > .5, all(low > 0 or high < 0 for low,high in rec["differences"].values())
-    return "holds" if all(ok) else "partly" if any(ok) else "does not hold"
+    new = logit_difference(model, s, at_place(site, at, delta, add=True), given=(layer, x))
+    return new - logit_difference(model, s, given=(layer, x))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #d63e40f7
 PLACES_READ = "start", "before S1", "S1", "after S1", "IO", "S2", "elsewhere"
 
+# %% ../../nbs/paper2/43_ioi.ipynb #daad002f
 @torch.inference_mode()
 def read_from(
     model:LanguageModel, # under study
@@ -292,14 +348,14 @@ def read_from(
     s:Sentences, # the sentences
     layer:int, # of the dictionary
     feature:int, # whose activation at S2
-) -> tuple[Float[np.ndarray, "n places"], Float[np.ndarray, "n"]]: # direct feature attribution by PLACES_READ, and the feature's code
+) -> tuple[Float[np.ndarray, "n places"], Float[np.ndarray, "n"]]: # attribution by PLACES_READ, and the feature's code
     "Where a feature's activation at S2 comes from, all heads together."
-    seen, i = model.attend(s.tokens, layer)[layer], torch.arange(len(s))
-    found = seen.by_source(sae.W_enc[:, feature], s.at["S2"]).sum(1).cpu()
-    at = {"start": torch.zeros_like(s.at["S1"]), "before S1": s.at["S1"] - 1, "S1": s.at["S1"], "after S1": s.at["S1"] + 1, "IO": s.at["IO"], "S2": s.at["S2"]}
-    known = torch.stack([found[i, v] for v in at.values()], 1)
+    seen, i, at = model.attend(s.tokens, layer)[layer], torch.arange(len(s)), s.at
+    found = seen.by_source(sae.W_enc[:, feature], at["S2"]).sum(1).cpu()
+    places = torch.zeros_like(at["S1"]), at["S1"] - 1, at["S1"], at["S1"] + 1, at["IO"], at["S2"]
+    known = torch.stack([found[i, v] for v in places], 1)
     rest = found.sum(1) - known.sum(1)
-    return torch.cat([known, rest[:, None]], 1).numpy(), sae.encode(seen.z)[i, s.at["S2"], feature].cpu().numpy()
+    return torch.cat([known, rest[:, None]], 1).numpy(), sae.encode(seen.z)[i, at["S2"], feature].cpu().numpy()
 
 # %% ../../nbs/paper2/43_ioi.ipynb #1484f24d
 @torch.inference_mode()
@@ -316,16 +372,13 @@ def beside_and(
     tokens, keep = np.asarray(store.tokens), store.keep(site).numpy().astype(float)
     kinds = np.concatenate([_kinds(model, tokens[a:a + 64], word) for a in range(0, len(tokens), 64)], 1)
     mass = _codes(sae, store, site, features).double().numpy()*keep[:, None]
-    of = lambda w: [float(k @ w/max(w.sum(), 1e-12)) for k in kinds]
-    return [{"feature": name, "seen before": a, "before the conjunction": b, "after it": c} for name,(a,b,c) in
-            {"all tokens": of(keep), **{j: of(w) for j,w in zip(features, mass.T)}}.items()]
+    rows = [("all tokens", keep), *zip(features, mass.T)]
+    names = "seen before", "before the conjunction", "after it"
+    return [{"feature": j, **dict(zip(names, (kinds @ w/max(w.sum(), 1e-12)).tolist()))} for j,w in rows]
 
-def _codes(sae, store, site, features):
-    "Some features on all tokens of a store."
-    return torch.cat([sae.encode(store.read(site, a, min(a + 4096, store.n)).to(sae.M.device))[:, features].cpu() for a in range(0, store.n, 4096)])
-
+# %% ../../nbs/paper2/43_ioi.ipynb #2f416b8c
 def _kinds(model, tokens, word):
-    "Of each token: was it there before, with the word after it, with the word before it?"
+    "Of each token: was it there before, with the conjunction after it, with the conjunction before it?"
     m = matched(model, tokens) > 0                                       # sources stand one after the earlier copy
     next_, before = tokens == word, np.roll(tokens, 2, 1) == word
     before[:, :2] = False
@@ -346,13 +399,22 @@ def strongest_places(
     site = Site(layer, "attn_z")
     c = _codes(sae, store, site, feature)*store.keep(site)
     best, at = c.view(-1, store.row_len).max(1)
-    rows = best.topk(min(n, len(best))).indices.tolist()
-    text = lambda ids: readable("".join(model.str_tokens(np.asarray(ids)))).replace("␣", " ").replace(r"\$", "$")
-    return [{"feature": feature, "activation": float(best[r]), "text": f"{text(store.tokens[r][max(0, at[r] - width):at[r]])} [{text(store.tokens[r][at[r]:at[r] + 1]).strip()}]"} for r in rows]
+    found = []
+    for r in best.topk(min(n, len(best))).indices.tolist():
+        row, d = store.tokens[r], int(at[r])
+        text = f"{_plain(model, row[max(0, d - width):d])} [{_plain(model, row[d:d + 1]).strip()}]"
+        found.append({"feature": feature, "activation": float(best[r]), "text": text})
+    return found
+
+# %% ../../nbs/paper2/43_ioi.ipynb #5026edb2
+def _plain(model, ids):
+    "Tokens as text."
+    return readable("".join(model.str_tokens(np.asarray(ids)))).replace("␣", " ").replace(r"\$", "$")
 
 # %% ../../nbs/paper2/43_ioi.ipynb #0ca7240a
 CONJUNCTIONS = " alongside", " or", " with", " but", " plus", " beside", " near"
 
+# %% ../../nbs/paper2/43_ioi.ipynb #2d059efc
 @torch.inference_mode()
 def noising(
     model:LanguageModel, # under study
@@ -361,12 +423,16 @@ def noising(
     conjunctions:Iterable[str]=CONJUNCTIONS, # those of one token are used
     place:str="S2", # where
 ) -> dict[str, Float[np.ndarray, "n"]]: # logit differences, by what stands there
-    "The clean sentences with attention's output at one place from other ones, from nowhere (zero), or from all (mean). Kept in the cache."
+    "Clean sentences, attention's output at one place from others, from nowhere, or from all. Kept in the cache."
     single = [c for c in conjunctions if model.tokenize(c).shape[1] == 1]
-    def compute(folder): save_file({k: torch.from_numpy(v) for k,v in _noised(model, planned, layers, single, place).items()}, folder/"noised.safetensors")
+    def compute(folder):
+        found = _noised(model, planned, layers, single, place)
+        save_file({k: torch.from_numpy(v) for k,v in found.items()}, folder/"noised.safetensors")
     config = dict(model=model.fingerprint, plans=planned, layers=layers, conjunctions=single, place=place)
-    found = load_file(load_or_compute("ioi_noised", config, compute, code=(_noised, reordered, written, sentences, logit_difference))/"noised.safetensors")
-    return {k: found[k].numpy() for k in ("clean", "zero", "mean", "other names, filler", "other names", "the other order", *single)}
+    code = _noised, reordered, written, sentences, logit_difference
+    found = load_file(load_or_compute("ioi_noised", config, compute, code=code)/"noised.safetensors")
+    names = "clean", "zero", "mean", "other names, filler", "other names", "the other order"
+    return {k: found[k].numpy() for k in (*names, *single)}
 
 # %% ../../nbs/paper2/43_ioi.ipynb #8df94edd
 def reordered(
@@ -375,18 +441,42 @@ def reordered(
     "The same plans with the first two names exchanged: ABBA becomes BABA, who gives and who is given to stay."
     return [plan | {"order": {"ABBA": "BABA", "BABA": "ABBA"}[plan["order"]]} for plan in planned]
 
+# %% ../../nbs/paper2/43_ioi.ipynb #f924d313
 def _noised(model, planned, layers, conjunctions, place):
     "As `noising`, computed."
-    s, sites, first = sentences(model, planned), [Site(l, "attn_out") for l in layers], min(layers)
-    x, i = model.resid_pre(s.tokens, [first])[first], torch.arange(len(s))
-    def there(t): out = model.run_to(t.tokens, sites); return {site: out[site][i, t.at[place]] for site in sites}
-    def put(values):
-        each = [at_place(site, s.at[place], v) for site,v in values.items()]
-        return logit_difference(model, s, lambda part: {k: fn for e in each for k,fn in e(part).items()}, given=(first, x))
-    own = there(s)
-    others = {"other names, filler": dict(others=True, filler=True), "other names": dict(others=True)} | {c: dict(conjunction=c) for c in conjunctions}
-    return {"clean": put(own), "zero": put({k: 0*v for k,v in own.items()}), "mean": put({k: v.mean(0).expand_as(v) for k,v in own.items()}),
-            "the other order": put(there(sentences(model, reordered(planned)))), **{name: put(there(sentences(model, planned, **how))) for name,how in tqdm(others.items(), "noising", leave=False, delay=2)}}
+    s, sites = sentences(model, planned), [Site(l, "attn_out") for l in layers]
+    x = model.resid_pre(s.tokens, [first := min(layers)])[first]
+    def put(values): return logit_difference(model, s, _at_places(s.at[place], values), given=(first, x))
+    own, others = _out_at(model, s, sites, place), _variants(model, planned, conjunctions)
+    found = {"clean": put(own), "zero": put({k: 0*v for k,v in own.items()})}
+    found["mean"] = put({k: v.mean(0).expand_as(v) for k,v in own.items()})
+    for name in tqdm(others, "noising", leave=False, delay=2):
+        found[name] = put(_out_at(model, others[name], sites, place))
+    return found
+
+# %% ../../nbs/paper2/43_ioi.ipynb #ecc491e8
+def _variants(model, planned, conjunctions):
+    "The sentences that others are taken from."
+    return {"the other order": sentences(model, reordered(planned)),
+            "other names, filler": sentences(model, planned, others=True, filler=True),
+            "other names": sentences(model, planned, others=True),
+            **{c: sentences(model, planned, conjunction=c) for c in conjunctions}}
+
+# %% ../../nbs/paper2/43_ioi.ipynb #8786575a
+def _out_at(model, s, sites, place):
+    "What attention writes at one place of each sentence."
+    out = model.run_to(s.tokens, sites)
+    return {site: out[site][torch.arange(len(s)), s.at[place]] for site in sites}
+
+# %% ../../nbs/paper2/43_ioi.ipynb #d3435bcb
+def _at_places(at, values):
+    "One position of each line rewritten at several sites."
+    each = [at_place(site, at, v) for site,v in values.items()]
+    def edits(part):
+        done = {}
+        for e in each: done |= e(part)
+        return done
+    return edits
 
 # %% ../../nbs/paper2/43_ioi.ipynb #01f3fb61
 def lead(
@@ -419,21 +509,16 @@ def plot_noising(
     per_million:dict[str, float], # of each conjunction, in the corpus
 ):
     "Recovery with another sentence's attention at S2, with 95% intervals."
-    for y,(k,(value,(low,high))) in enumerate(recovered.items()):
-        ax.barh(y, value, color=COLORS["target" if k in per_million else "sae"], xerr=[[value - low], [high - value]], error_kw=dict(lw=1))
-    for name,x,line in (("clean", 1, "-"), ("mean", mean, "--"), ("zero", 0, ":")): ax.axvline(x, color=COLORS["ink"], lw=1, ls=line, label=name)
+    for y,(k,(v,(low,high))) in enumerate(recovered.items()):
+        color = COLORS["target" if k in per_million else "sae"]
+        ax.barh(y, v, color=color, xerr=[[v - low], [high - v]], error_kw=dict(lw=1))
+    for name,x,line in (("clean", 1, "-"), ("mean", mean, "--"), ("zero", 0, ":")):
+        ax.axvline(x, color=COLORS["ink"], lw=1, ls=line, label=name)
     names = [f"{k.strip()} ({per_million[k]:.0f} per million)" if k in per_million else k for k in recovered]
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlabel="recovery, (noised - zero) / (clean - zero)", ylabel="at S2, from a sentence with")
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5))
+    ax.set(ylabel="at S2, from a sentence with", xlabel="recovery, (noised - zero) / (clean - zero)")
     ax.grid(axis="y", visible=False)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-
-# %% ../../nbs/paper2/43_ioi.ipynb #d7437e31
-@rule("P2-and")
-def judge_and(rec):
-    "Recovery with other names and filler is above that with every other conjunction, intervals apart; partly if it is above that with alongside."
-    low, others = rec["ci95"][0], rec["conjunctions"]
-    if all(low > high for _,_,high in others.values()): return "holds"
-    return "partly" if " alongside" in others and low > others[" alongside"][2] else "does not hold"
 
 # %% ../../nbs/paper2/43_ioi.ipynb #2c12d80c
 @torch.inference_mode()
@@ -442,28 +527,35 @@ def name_movers(
     s:Sentences, # the sentences
     above:int, # only heads of layers above this one
 ) -> list[dict]: # layer, head, direct attribution to the logit difference, attention to the names; the strongest first
-    "Heads that bring the indirect object to END, first those that look at it more than at either mention of the subject."
+    "Heads that bring the indirect object to END, first those that look at it more than at either mention of S."
+    if above + 1 >= model.n_layers:
+        raise SparseCodingError(f"No layer is above {above}: the dictionaries must be of lower layers than the head.")
     pattern, z, x = model.glance(s.tokens, s.at["END"])
     direct = (logit_parts(model, z, x, s.io) - logit_parts(model, z, x, s.s)).mean(1).cpu()
     to = {k: pattern[:, torch.arange(len(s)), :, s.at[k]].mean(0).cpu() for k in ("IO", "S1", "S2")}
-    found = [{"layer": l, "head": k, "direct": float(direct[l, k]), **{name: float(w[l, k]) for name,w in to.items()}} for l in range(above + 1, model.n_layers) for k in range(model.n_heads)]
-    if not found: raise SparseCodingError(f"No layer is above {above}: the dictionaries must be of lower layers than the head.")
+    found = []
+    for l,k in np.ndindex(*direct.shape):
+        looks = {name: float(w[l, k]) for name,w in to.items()}
+        if l > above: found.append({"layer": l, "head": k, "direct": float(direct[l, k]), **looks})
     return sorted(found, key=lambda r: (r["IO"] > max(r["S1"], r["S2"]), r["direct"]), reverse=True)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #5f49135e
 @patch
 def W_QK(self:LanguageModel,
     layer:int, # counted from 0
-) -> tuple[tuple, tuple]: # of queries, of keys: weights [heads, d_model, d_head] and biases [heads, d_head], one per query head
+) -> tuple[tuple, tuple]: # of queries, of keys: weights [heads, d_model, d_head], biases [heads, d_head]
     "What each head asks and what it is found by, before rotation."
-    attn, _, n, d = _heads_of(self, layer)
+    attn, _, n, d = heads_of(self, layer)
     def split(W, b):
-        W, b = W.unflatten(-1, (-1, d)), W.new_zeros(W.shape[-1]).view(-1, d) if b is None else b.unflatten(-1, (-1, d))
+        b = W.new_zeros(W.shape[-1]) if b is None else b
+        W, b = W.unflatten(-1, (-1, d)), b.unflatten(-1, (-1, d))
         return W.movedim(1, 0).repeat_interleave(n//W.shape[1], 0), b.repeat_interleave(n//len(b), 0)
-    if hasattr(attn, "q_proj"): return split(*_columns(attn.q_proj)), split(*_columns(attn.k_proj))
-    if hasattr(attn, "c_attn"): return tuple(split(*(t.chunk(3, -1)[i] for t in _columns(attn.c_attn))) for i in (0, 1))
-    return tuple(split(*(t.unflatten(-1, (n, 3, d))[..., i, :].flatten(-2) for t in _columns(attn.query_key_value))) for i in (0, 1))
+    if hasattr(attn, "q_proj"): return split(*columns(attn.q_proj)), split(*columns(attn.k_proj))
+    if hasattr(attn, "c_attn"): return tuple(split(*(t.chunk(3, -1)[i] for t in columns(attn.c_attn))) for i in (0, 1))
+    both = [t.unflatten(-1, (n, 3, d)) for t in columns(attn.query_key_value)]
+    return tuple(split(*(t[..., i, :].flatten(-2) for t in both)) for i in (0, 1))
 
+# %% ../../nbs/paper2/43_ioi.ipynb #759f7335
 def rotated(
     model:LanguageModel, # its rotation, if it has one
     x:Float[Tensor, "batch *some d_head"], # parts of queries or keys
@@ -471,7 +563,8 @@ def rotated(
 ) -> Float[Tensor, "batch *some d_head"]:
     "Queries or keys as attention compares them."
     if not hasattr(model.hf.base_model, "rotary_emb"): return x
-    cos, sin = (t.view(len(at), *[1]*(x.ndim - 2), -1) for t in model.hf.base_model.rotary_emb(x, at[:, None].to(x.device)))
+    angles = model.hf.base_model.rotary_emb(x, at[:, None].to(x.device))
+    cos, sin = (t.view(len(at), *[1]*(x.ndim - 2), -1) for t in angles)
     turn, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
     a, b = turn.chunk(2, -1)
     return torch.cat([turn*cos + torch.cat([-b, a], -1)*sin, rest], -1)
@@ -484,11 +577,14 @@ class Side:
     feature: Bool[np.ndarray, "parts"] # is the part a feature?
     read: Float[Tensor, "n parts d_head"] # rotated; their sum is the head's query or key
 
+# %% ../../nbs/paper2/43_ioi.ipynb #18619fbc
 def _watch(model, s, layer, saes):
     "Everything that was written before a layer, in one pass."
-    sites = [Site(l, kind) for l in range(layer) for kind in ("attn_out", "mlp_out")] + [Site(l, "attn_z") for l in saes if l < layer] + [Site(layer - 1)]
+    sites = [Site(l, kind) for l in range(layer) for kind in ("attn_out", "mlp_out")]
+    sites += [Site(l, "attn_z") for l in saes if l < layer] + [Site(layer - 1)]
     return model.run_to(s.tokens, sites) | {"embedding": model.resid_pre(s.tokens, [0])[0]}
 
+# %% ../../nbs/paper2/43_ioi.ipynb #9179394c
 def _parts(model, seen, at, layer, saes):
     "Parts of the residual stream before a layer at one place of each sentence: name, is it a feature, vectors."
     i = torch.arange(len(at))
@@ -496,12 +592,18 @@ def _parts(model, seen, at, layer, saes):
     for site in (Site(l, kind) for l in range(layer) for kind in ("attn_out", "mlp_out")):
         out, l = seen[site][i, at], site.layer
         if (own := site.kind == "attn_out" and l in saes):
-            c, O = saes[l].encode(seen[Site(l, "attn_z")][i, at]), model.W_O(l)[0].flatten(0, 1)
-            often = ((c > 0).sum(0) > 1).nonzero()[:, 0].tolist()           # what is in one sentence cannot tell of others
-            vectors = c[:, often, None]*(saes[l].W_dec[often] @ O)
+            z, O = seen[Site(l, "attn_z")][i, at], model.W_O(l)[0].flatten(0, 1)
+            often, vectors = _written(saes[l], z, O)
             yield from ((f"{l}: {j}", True, v) for j,v in zip(often, vectors.unbind(1)))
             out = out - vectors.sum(1)
         yield f"{'MLP' if site.kind == 'mlp_out' else 'attention, rest' if own else 'attention'} {l}", False, out
+
+# %% ../../nbs/paper2/43_ioi.ipynb #80be7b8e
+def _written(sae, z, O):
+    "Features, and what they write into the residual stream; what is in one sentence cannot tell of others."
+    c = sae.encode(z)
+    often = ((c > 0).sum(0) > 1).nonzero()[:, 0].tolist()
+    return often, c[:, often, None]*(sae.W_dec[often] @ O)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #bf008455
 @torch.inference_mode()
@@ -546,14 +648,14 @@ def score_parts(
     places:tuple[str, str]=("IO", "S1"), # whose scores are compared
 ) -> ScoreParts:
     "The score of END for one name minus that for the other, by pairs of parts; exact."
-    seen = _watch(model, s, layer, saes)
+    seen, scale = _watch(model, s, layer, saes), model.attend(s.tokens[:1], layer)[layer].scale
     q, *ks = (side(model, seen, s.at[place], layer, head, saes, place != "END") for place in ("END", *places))
-    names = list(dict.fromkeys(ks[0].names + ks[1].names))
+    is_feature = dict(zip(ks[0].names + ks[1].names, [*ks[0].feature, *ks[1].feature]))
+    names, is_key = list(is_feature), np.array(list(is_feature.values()))
     keys = torch.zeros(len(s), len(names), q.read.shape[-1])
     for k,sign in zip(ks, (1, -1)): keys[:, [names.index(v) for v in k.names]] += sign*k.read.cpu()
-    scale, of = model.attend(s.tokens[:1], layer)[layer].scale, {v: f for k in ks for v,f in zip(k.names, k.feature)}
-    is_key = np.array([of[v] for v in names])
-    return ScoreParts(q.names, names, q.feature[:, None] & is_key, q.feature[:, None] & np.ones_like(is_key), scale*torch.einsum("nqe,nke->nqk", q.read.cpu(), keys))
+    pairs, query = scale*torch.einsum("nqe,nke->nqk", q.read.cpu(), keys), q.feature[:, None]
+    return ScoreParts(q.names, names, query & is_key, query & np.ones_like(is_key), pairs)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #c759b830
 def greedy_pairs(
@@ -571,6 +673,7 @@ def greedy_pairs(
         rest = rest - c[:, chosen[-1]]
     return chosen
 
+# %% ../../nbs/paper2/43_ioi.ipynb #2e717160
 def variance_explained(
     target:Float[np.ndarray, "n"], # scores
     part:Float[np.ndarray, "n"], # what is to explain them
@@ -581,8 +684,45 @@ def variance_explained(
     share = lambda r: 1 - (target - part)[r].var(-1)/np.maximum(target[r].var(-1), 1e-12)
     return float(share(np.arange(len(target)))), tuple(float(q) for q in np.quantile(share(rows), (.025, .975)))
 
-# %% ../../nbs/paper2/43_ioi.ipynb #b88bc04e
-@rule("P2-qk")
-def judge_pairs(rec):
-    "Eight pairs of features explain more than half of the variance of the score over sentences, by the interval; partly if more than a quarter."
-    return "holds" if rec["ci95"][0] > .5 else "partly" if rec["ci95"][0] > .25 else "does not hold"
+# %% ../../nbs/paper2/43_ioi.ipynb #60df4740
+@dataclass
+class PairShares:
+    "What pairs of one kind explain in sentences that did not choose them, each with its interval."
+    pairs: list[int] # chosen, the first one first
+    few: tuple # by these
+    every: tuple # by all pairs of the kind
+    n: int # how many there are
+
+# %% ../../nbs/paper2/43_ioi.ipynb #7909ec4a
+def explained_by_pairs(
+    parts:ScoreParts, # from `score_parts`
+    first:slice, # sentences that choose
+    rest:slice, # sentences that are explained
+    k:int=8, # pairs
+) -> dict[str, PairShares]: # by kind; kinds without a pair are left out
+    "Variance of the score that few pairs explain, and that all do."
+    flat, t, found = parts.parts.flatten(1).double().numpy(), parts.total, {}
+    kinds = {"two features": parts.features, "a feature and anything": parts.query_feature,
+             "anything": np.ones_like(parts.features)}
+    for name,ids in ((name, np.flatnonzero(m)) for name,m in kinds.items() if m.any()):
+        pairs = ids[greedy_pairs(t[first], flat[first][:, ids], k)]
+        few, every = (variance_explained(t[rest], flat[rest][:, js].sum(1)) for js in (pairs, ids))
+        found[name] = PairShares(pairs.tolist(), few, every, len(ids))
+    return found
+
+# %% ../../nbs/paper2/43_ioi.ipynb #aadc1f32
+def plot_pairs(
+    ax:plt.Axes, # to be filled
+    found:dict[str, PairShares], # from `explained_by_pairs`
+):
+    "Bars with 95% intervals: few pairs of each kind, and all of them."
+    for y,(name,s) in enumerate(found.items()):
+        for v,up,color,label in ((s.few, -.19, "sae", f"{len(s.pairs)} pairs"), (s.every, .19, "random", "all pairs")):
+            mean, (low, high) = v
+            ax.barh(y + up, mean, .36, color=COLORS[color], label=None if y else label)
+            ax.errorbar(mean, y + up, xerr=[[mean - low], [high - mean]], color=COLORS["ink"], lw=1)
+    ax.axvline(0, color=COLORS["ink"], lw=.6)
+    ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - .5, -.5), ylabel="pairs of")
+    ax.set(xlabel="variance explained, other sentences", xlim=(None, 1.02))
+    ax.grid(axis="y", visible=False)
+    ax.legend()

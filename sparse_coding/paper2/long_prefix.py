@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['random_rows', 'induction_scores', 'induction_heads', 'matched', 'firing_lengths', 'belonging', 'plot_firing_lengths',
-           'Prefixed', 'prefixed', 'logit_parts', 'by_length', 'pick_pair', 'difference', 'interval', 'plot_by_length',
-           'judge_hypothesis', 'Attending', 'attending', 'first_long', 'shortened', 'disturbed', 'weights_at',
-           'intervene', 'plot_intervention', 'judge_prefix']
+           'Prefixed', 'prefixed', 'logit_parts', 'by_length', 'pick_pair', 'plot_by_length', 'zoom', 'Attending',
+           'attending', 'first_long', 'shortened', 'disturbed', 'weights_at', 'intervene', 'plot_intervention']
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #d2f1bc7e
 from collections.abc import Iterable
@@ -25,24 +24,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AttentionInterface
 
-from ..core import Preset, Site, SparseCodingError, fast_matmul, load_or_compute, mean_ci, rule
+from ..presets import Preset, Site, SparseCodingError
+from ..runs import fast_matmul, load_or_compute
+from ..stats import mean_ci, interval
 from ..plots import COLORS
-from ..models import LanguageModel
+from ..models import LanguageModel, final_norm
+from ..partial_runs import use_attention
 from ..attention import freeze_norm
 from ..corpora import load_rows
 from ..activations import ActivationStore
 from ..dictionaries import Dictionary
-from ..paper1.ioi import _attention
-from ..paper1.what_it_does import final_norm
-from .saes import attention_sae, attention_stores, head_attribution, paper_two
+from .saes import attention_sae, attention_stores, paper_two
+from .quality import head_attribution
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #bbe588fb
 @lru_cache(maxsize=2)
 def _ordinary(model):
     "Ids of the tokens that are no marks."
-    marks = set(model.tokenizer.all_special_ids) | {i for i,t in model.tokenizer.added_tokens_decoder.items() if t.special} | {model.bos_id, model.eot_id}
+    added = {i for i,t in model.tokenizer.added_tokens_decoder.items() if t.special}
+    marks = set(model.tokenizer.all_special_ids) | added | {model.bos_id, model.eot_id}
     return np.array([i for i in range(len(model.tokenizer)) if i not in marks])
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #c192d623
 def random_rows(
     model:LanguageModel, # its vocabulary
     n:int, # rows
@@ -50,7 +53,9 @@ def random_rows(
     rng:np.random.Generator, # of the drawing
 ) -> Int[Tensor, "n length"]:
     "Rows of different ordinary tokens; raises where there are not enough."
-    if length > len(ids := _ordinary(model)): raise SparseCodingError(f"{model.name} has {len(ids)} ordinary tokens, fewer than a row of {length}: use shorter rows.")
+    if length > len(ids := _ordinary(model)):
+        raise SparseCodingError(f"{model.name} has {len(ids)} ordinary tokens, fewer than a row of {length}: "
+                                "use shorter rows.")
     return torch.from_numpy(np.stack([rng.choice(ids, length, replace=False) for _ in range(n)]))
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #93885ff9
@@ -65,7 +70,8 @@ def induction_scores(
     once = random_rows(model, n, half, np.random.default_rng(seed))
     rows = torch.cat([torch.full((n, 1), model.bos_id), once, once], 1)
     parts = [model.attend(r, range(model.n_layers)) for r in rows.split(8)]
-    return torch.stack([torch.cat([a[l].pattern.diagonal(1 - half, 2, 3)[..., 2:] for a in parts]).mean((0, 2)) for l in range(model.n_layers)]).cpu()
+    def score(l): return torch.cat([a[l].pattern.diagonal(1 - half, 2, 3)[..., 2:] for a in parts]).mean((0, 2))
+    return torch.stack([score(l) for l in range(model.n_layers)]).cpu()
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #5e16f019
 def induction_heads(
@@ -90,6 +96,7 @@ def _alike(model):
         found[i] = i if not plain.strip() or "\ufffd" in plain else first.setdefault(plain, i)
     return found
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #577b1f0b
 def matched(
     model:LanguageModel, # its vocabulary
     tokens:Int[np.ndarray, "n seq"], # text
@@ -99,7 +106,7 @@ def matched(
     n, seq = a.shape
     found = np.zeros((n, seq, seq), np.int16)
     for d in range(1, seq):
-        same = (a[:, d, None] == a[:, :d - 1]) & (a[:, :d - 1] >= 0)                           # sources 1 to d-1 stand after tokens 0 to d-2
+        same = (a[:, d, None] == a[:, :d - 1]) & (a[:, :d - 1] >= 0)  # sources 1 to d-1 stand after tokens 0 to d-2
         found[:, d, 1:d] = same*(1 + found[:, d - 1, :d - 1])
     return found
 
@@ -114,7 +121,8 @@ def firing_lengths(
 ) -> tuple[Float[Tensor, "d_sae"], float]: # nan for features that fire less often; and the mean over all tokens
     "Longest prefix at the tokens where each feature fires, weighted by activation."
     rows, keep, total = store.tokens.shape[0], store.keep(site), torch.zeros(3, sae.d_sae, dtype=torch.float64)
-    longest = torch.cat([torch.from_numpy(matched(model, store.tokens[a:a + 64]).max(-1)).flatten() for a in range(0, rows, 64)])
+    longest = [torch.from_numpy(matched(model, store.tokens[a:a + 64]).max(-1)).flatten() for a in range(0, rows, 64)]
+    longest = torch.cat(longest)
     for a in range(0, store.n, 4096):
         b = min(a + 4096, store.n)
         c = sae.encode(store.read(site, a, b))*keep[a:b, None]
@@ -122,6 +130,7 @@ def firing_lengths(
     mean = torch.where(total[2] >= least, total[0]/total[1], torch.nan)
     return mean.float(), float(longest[keep].double().mean())
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #f2418de9
 def belonging(
     share:Float[Tensor, "d_sae heads"], # from `head_attribution`
     head:int, # whose
@@ -142,7 +151,8 @@ def plot_firing_lengths(
         ax.plot(values, i + np.linspace(-.18, .18, len(values)), "o", ms=4, alpha=.7, color=COLORS["sae"])
         ax.plot([np.mean(values)]*2, [i - .3, i + .3], color=COLORS["ink"], lw=2)
     ax.axvline(base, color="#999999", ls=":")
-    ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - .5, -.5), xlim=(0, None), xlabel="matching tokens where the feature fires, mean", ylabel="head")
+    ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - .5, -.5), xlim=(0, None))
+    ax.set(xlabel="matching tokens where the feature fires, mean", ylabel="head")
     ax.grid(axis="y", visible=False)
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #27d80cc8
@@ -156,6 +166,7 @@ class Prefixed:
     def __len__(self): return len(self.tokens)
     def __getitem__(self, i): return Prefixed(self.tokens[i], self.dst[i], self.src[i])
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #eacc8da4
 def prefixed(
     model:LanguageModel, # its vocabulary
     length:int, # p, tokens that match
@@ -183,17 +194,20 @@ def _glancing(module, q, k, v, mask, scaling=None, at=None, seen=None, **kwargs)
 
 AttentionInterface.register("glancing", _glancing)
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #cf2fe197
 @patch
 @torch.inference_mode()
 def glance(self:LanguageModel,
     tokens:Int[Tensor, "batch seq"], # rows of equal length
     at:Int[Tensor, "batch"], # one position per row
-) -> tuple[Float[Tensor, "layers batch heads src"], Float[Tensor, "layers batch heads d_head"], Float[Tensor, "batch d_model"]]:
+) -> tuple[Float[Tensor, "layers batch heads src"], Float[Tensor, "layers batch heads d_head"],
+           Float[Tensor, "batch d_model"]]:
     "At one position per row: every head's pattern, what it brings (z), and the residual stream before the final norm."
     seen, ends, at = {}, [], at.to(self.device)
     hook = final_norm(self).register_forward_pre_hook(lambda m, args: ends.append(args[0][torch.arange(len(at)), at]))
     try:
-        with _attention(self.hf, "glancing"), fast_matmul(self.device): self.hf.base_model(self._ids(tokens), use_cache=False, at=at, seen=seen)
+        with use_attention(self.hf, "glancing"), fast_matmul(self.device):
+            self.hf.base_model(self._ids(tokens), use_cache=False, at=at, seen=seen)
     finally: hook.remove()
     return *(torch.stack([seen[l][i] for l in range(self.n_layers)]) for i in (0, 1)), ends[0]
 
@@ -218,15 +232,19 @@ def by_length(
     row_len:int=128, # tokens per row
     seed:int=0, # of the drawing
     batch:int=16, # rows at once
-) -> dict[str, Float[Tensor, "lengths n layers heads"]]: # "score": attention to the source; "logit": direct logit attribution of the token there
+) -> dict[str, Float[Tensor, "lengths n layers heads"]]: # "score": attention; "logit": direct attribution
     "Every head at the end of prefixes of several lengths, kept in the cache."
     lengths = list(lengths)
     def compute(folder):
-        found = [_measure(model, prefixed(model, length, n, row_len, seed), batch) for length in tqdm(lengths, "prefixes", leave=False, delay=2)]
+        found = []
+        for length in tqdm(lengths, "prefixes", leave=False, delay=2):
+            found.append(_measure(model, prefixed(model, length, n, row_len, seed), batch))
         save_file({k: torch.stack([f[k] for f in found]) for k in found[0]}, folder/"prefix.safetensors")
     config = dict(model=model.fingerprint, lengths=lengths, n=n, row_len=row_len, seed=seed)
-    return load_file(load_or_compute("prefix", config, compute, code=(_measure, prefixed, LanguageModel.glance))/"prefix.safetensors")
+    where = load_or_compute("prefix", config, compute, code=(_measure, prefixed, LanguageModel.glance))
+    return load_file(where/"prefix.safetensors")
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #3378d077
 def _measure(model, rows, batch):
     "Score and direct logit attribution of every head for some rows."
     found = []
@@ -234,7 +252,8 @@ def _measure(model, rows, batch):
         i, (pattern, z, x) = torch.arange(len(part)), model.glance(part.tokens, part.dst)
         token = part.tokens[i, part.src]
         found.append((pattern[:, i, :, part.src].transpose(0, 1), logit_parts(model, z, x, token)))
-    return {k: torch.cat([f[j].transpose(0, 1).cpu() for f in found]).contiguous() for j,k in enumerate(("score", "logit"))}
+    def all_rows(j): return torch.cat([f[j].transpose(0, 1).cpu() for f in found]).contiguous()
+    return {"score": all_rows(0), "logit": all_rows(1)}
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #cbb6ab81
 def pick_pair(
@@ -251,25 +270,7 @@ def pick_pair(
     reach = [lk for lk in rest if mean[lk].max() >= at_least] or rest
     return max(reach, key=lambda lk: float(mean[lk].max()/mean[lk][0].clamp(min=1e-6))), short
 
-# %% ../../nbs/paper2/42_long_prefix.ipynb #fdeb798b
-def difference(
-    a:Iterable[float], # of one group
-    b:Iterable[float], # of the other
-) -> tuple[float, tuple[float, float]|None]: # no interval where a group has fewer than two
-    "Difference of two means with Welch's 95% interval."
-    a, b = (np.asarray(list(v), float) for v in (a, b))
-    if min(len(a), len(b)) < 2: return float(a.mean() - b.mean()) if min(len(a), len(b)) else float("nan"), None
-    ends = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-    return float(a.mean() - b.mean()), (float(ends.low), float(ends.high))
-
-# %% ../../nbs/paper2/42_long_prefix.ipynb #a5f940b3
-def interval(
-    values, # independent measurements
-) -> tuple[float, tuple[float, float]|None]: # no interval for fewer than two
-    "Mean and its 95% interval, where there is one."
-    values = np.asarray(values, float)
-    return mean_ci(values) if len(values) > 1 else (float(values.mean()) if len(values) else float("nan"), None)
-
+# %% ../../nbs/paper2/42_long_prefix.ipynb #04a96ed3
 def plot_by_length(
     ax:plt.Axes, # to be filled
     values:Float[Tensor, "lengths n layers heads"], # from `by_length`
@@ -286,11 +287,19 @@ def plot_by_length(
         ax.fill_between(lengths, low, high, color=COLORS[color], alpha=.2, lw=0)
     ax.set(xlabel="matching tokens, $p$", xticks=lengths)
 
-# %% ../../nbs/paper2/42_long_prefix.ipynb #5f47122f
-@rule("P2-hyp")
-def judge_hypothesis(rec):
-    "The long-prefix head's features fire at longer prefixes than the short-prefix head's, by the interval of the difference."
-    return "holds" if rec["ci95"][0] > 0 else "does not hold"
+# %% ../../nbs/paper2/42_long_prefix.ipynb #41fe6cc7
+def zoom(
+    ax:plt.Axes, # with curves of `plot_by_length`
+    values:Float[Tensor, "lengths n layers heads"], # likewise
+    bold:dict[str, tuple], # likewise
+    room:float=2., # times what the bold curves span
+):
+    "Cut the axis at what the bold curves need, and say how many grey ones leave the picture."
+    mean = values.mean(1)
+    most = room*max(float(mean[:, l, k].abs().max()) for l,k in bold.values())
+    ax.set(ylim=(-most, most))
+    out = int((mean.abs().amax(0) > most).sum())
+    if out: ax.text(.98, .02, f"{out} grey curves leave the picture", transform=ax.transAxes, ha="right", fontsize=7)
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #c2ec8ced
 @dataclass(frozen=True)
@@ -303,7 +312,8 @@ class Attending:
     prefix: Int[np.ndarray, "n"] # tokens that match
 
     def __len__(self): return len(self.row)
-    def __getitem__(self, i): return Attending(*(np.atleast_1d(getattr(self, k)[i]) for k in ("row", "dst", "src", "weight", "prefix")))
+    def __getitem__(self, i):
+        return Attending(*(np.atleast_1d(getattr(self, k)[i]) for k in ("row", "dst", "src", "weight", "prefix")))
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #2efb0749
 @torch.inference_mode()
@@ -335,6 +345,7 @@ def first_long(
     ok = where[where.prefix >= at_least]
     return ok[np.unique(ok.row, return_index=True)[1]]
 
+# %% ../../nbs/paper2/42_long_prefix.ipynb #bd0b125d
 def shortened(
     model:LanguageModel, # its vocabulary
     tokens:Int[np.ndarray, "rows seq"], # text
@@ -390,12 +401,17 @@ def intervene(
         rng, found = np.random.default_rng(p.seed), {}
         for lk,where in attending(model, text.tokens, heads).items():
             first = first_long(where)[:most]
-            after, other = (weights_at(model, change(model, text.tokens, first, rng), lk, first) for change in (shortened, disturbed))
-            found |= {f"{lk[0]}.{lk[1]}.{k}": torch.from_numpy(np.array(v)) for k,v in (("lengths", where.prefix), ("before", first.weight), ("after", after), ("other", other))}
+            values = {"lengths": where.prefix, "before": first.weight}
+            for k,change in (("after", shortened), ("other", disturbed)):
+                values[k] = weights_at(model, change(model, text.tokens, first, rng), lk, first)
+            found |= {f"{lk[0]}.{lk[1]}.{k}": torch.from_numpy(np.array(v)) for k,v in values.items()}
         save_file(found, folder/"intervention.safetensors")
     config = dict(model=model.fingerprint, rows=text.fingerprint, heads=heads, most=most, seed=p.seed)
-    found = load_file(load_or_compute("prefix_text", config, compute, code=(attending, first_long, shortened, disturbed, weights_at))/"intervention.safetensors")
-    return {lk: {k: found[f"{lk[0]}.{lk[1]}.{k}"].double().numpy() for k in ("lengths", "before", "after", "other")} for lk in heads}
+    code = attending, first_long, shortened, disturbed, weights_at
+    found = load_file(load_or_compute("prefix_text", config, compute, code=code)/"intervention.safetensors")
+    names = "lengths", "before", "after", "other"
+    def of(l, k): return {what: found[f"{l}.{k}.{what}"].double().numpy() for what in names}
+    return {lk: of(*lk) for lk in heads}
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #380ccde3
 def plot_intervention(
@@ -403,24 +419,33 @@ def plot_intervention(
     text:dict[str, dict], # by label, from `intervene`
     most:int=8, # lengths from here on in one bin
 ):
-    "Attention as it is, with another token replaced, and with the prefix cut; and the lengths of the prefixes where heads attend."
-    for i,((label,t),color) in enumerate(zip(text.items(), ("sae", "target", "ica"))):
-        for j,(k,alpha) in enumerate((("before", 1.), ("other", .7), ("after", .35))):
-            mean, ends = interval(t[k])
-            axes[0].bar(i + (j - 1)*.28, mean, .25, color=COLORS[color], alpha=alpha)
-            if ends: axes[0].errorbar(i + (j - 1)*.28, mean, [[mean - ends[0]], [ends[1] - mean]], color=COLORS["ink"], lw=1)
-        count = np.bincount(np.minimum(t["lengths"].astype(int), most), minlength=most + 1)
-        axes[1].bar(np.arange(1, most + 1) + (i - len(text)/2 + .5)*.8/len(text), count[1:]/max(count[1:].sum(), 1), .75/len(text), color=COLORS[color], label=f"{label} ({count[0]/max(count.sum(), 1):.0%} match nothing)")
-    axes[0].set(xticks=range(len(text)), xticklabels=text, ylabel="attention to the source", ylim=(0, 1), title="as it is, another changed, cut")
-    axes[1].set(xticks=range(1, most + 1), xticklabels=[*range(1, most), f"{most}+"], xlabel="matching tokens where it attends", ylabel="share of those places", title="lengths in text")
-    axes[1].legend()
+    "Attention as it is, with another token replaced, and with the prefix cut; and the lengths where heads attend."
+    _plot_changes(axes[0], text)
+    _plot_lengths(axes[1], text, most)
     for ax in axes: ax.grid(axis="x", visible=False)
 
-# %% ../../nbs/paper2/42_long_prefix.ipynb #18c91764
-@rule("P2-prefix")
-def judge_prefix(rec):
-    "Long: the score more than doubles from one token to the best length, by its interval, short: it does not; shortening costs long a larger share, by the intervals; long's logit attribution more than doubles, by its interval. Partly for one or two of the three."
-    doubles, (long, short) = lambda ends: bool(ends and ends[0] > 0), (rec["lost"][k] for k in ("long", "short"))
-    first, best = rec["score"]["short"]
-    ok = [doubles(rec["doubles"]["score"]) and best <= 2*first, bool(long and short and long[0] > short[1]), doubles(rec["doubles"]["logit"])]
-    return "holds" if all(ok) else "partly" if any(ok) else "does not hold"
+# %% ../../nbs/paper2/42_long_prefix.ipynb #85067484
+def _plot_changes(ax, text):
+    "Three bars for each head, named under the bars."
+    kinds, ticks = {"before": ("as it\nis", 1.), "other": ("another\nchanged", .7), "after": ("prefix\ncut", .35)}, {}
+    for i,((label,t),color) in enumerate(zip(text.items(), ("sae", "target", "ica"))):
+        for j,(k,(name,alpha)) in enumerate(kinds.items()):
+            (mean, ends), x = interval(t[k]), i + (j - 1)*.28
+            ticks[x] = name
+            ax.bar(x, mean, .25, color=COLORS[color], alpha=alpha)
+            if ends: ax.errorbar(x, mean, [[mean - ends[0]], [ends[1] - mean]], color=COLORS["ink"], lw=1)
+        ax.text(i, .97, label, ha="center", va="top", fontsize=8)
+    ax.set(ylabel="attention to the source", ylim=(0, 1))
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=6.5)
+
+# %% ../../nbs/paper2/42_long_prefix.ipynb #ba6d8c99
+def _plot_lengths(ax, text, most):
+    "How often each length, side by side."
+    for i,((label,t),color) in enumerate(zip(text.items(), ("sae", "target", "ica"))):
+        count = np.bincount(np.minimum(t["lengths"].astype(int), most), minlength=most + 1)
+        x, nothing = np.arange(1, most + 1) + (i - len(text)/2 + .5)*.8/len(text), count[0]/max(count.sum(), 1)
+        label = f"{label} ({nothing:.0%} match nothing)"
+        ax.bar(x, count[1:]/max(count[1:].sum(), 1), .75/len(text), color=COLORS[color], label=label)
+    ax.set(xticks=range(1, most + 1), xticklabels=[*range(1, most), f"{most}+"], title="lengths in text")
+    ax.set(xlabel="matching tokens where it attends", ylabel="share of those places")
+    ax.legend()

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'SIGNS', 'ORDERS', 'Node', 'Active', 'active', 'Trace', 'trace', 'induction_root', 'Step', 'steps_back',
            'Graph', 'trace_back', 'by_kind', 'plot_step', 'plot_graph', 'Means', 'corpus_means', 'deviations',
-           'rebuild', 'orders', 'kept_shares', 'draw_roots', 'Faithfulness', 'faithfulness', 'plot_faithfulness',
-           'judge_rdfa']
+           'rebuild', 'orders', 'kept_shares', 'draw_roots', 'Faithfulness', 'faithfulness', 'plot_faithfulness']
 
 # %% ../../nbs/paper2/21_recursive.ipynb #def6e1a3
 from dataclasses import dataclass
@@ -17,18 +16,21 @@ import torch
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import Site, SparseCodingError, fast_matmul, load_or_compute, mean_ci, rule
+from ..presets import Site, SparseCodingError
+from ..runs import fast_matmul, load_or_compute
+from ..stats import mean_ci
 from ..plots import COLORS
-from ..models import LanguageModel, _Enough, _Given, _variant
+from ..models import LanguageModel
+from ..partial_runs import run_z
 from ..attention import Attended, FrozenNorm, freeze_norm
 from ..dictionaries import Dictionary
 from ..evidence import fingerprint, printable
 from .saes import attention_sae, attention_stores, paper_two
 
-# %% ../../nbs/paper2/21_recursive.ipynb #9610f612
+# %% ../../nbs/paper2/21_recursive.ipynb #5f1574e6
 @dataclass(frozen=True, order=True)
 class Node:
     "A part of the residual stream at one position, or a constant."
@@ -37,8 +39,11 @@ class Node:
     position: int = -1 # where
     feature: int = -1 # which, of a feature
 
-    def __str__(self): return f"{self.layer}_{self.feature}" if self.kind == "feature" else f"{self.kind} {self.layer}" if self.layer >= 0 else self.kind
+    def __str__(self):
+        if self.kind == "feature": return f"{self.layer}_{self.feature}"
+        return f"{self.kind} {self.layer}" if self.layer >= 0 else self.kind
 
+# %% ../../nbs/paper2/21_recursive.ipynb #9610f612
 @dataclass
 class Active:
     "The features of one layer that are active somewhere in a text."
@@ -49,9 +54,10 @@ class Active:
     bias: Float[Tensor, "active"] # what the code is without any input
     always: Float[Tensor, "d_model"] # what b_dec writes, through W_O
 
-# %% ../../nbs/paper2/21_recursive.ipynb #0452853c
+# %% ../../nbs/paper2/21_recursive.ipynb #894df993
 def _through(model, layer, d): return d @ model.W_O(layer)[0].flatten(0, 1)
 
+# %% ../../nbs/paper2/21_recursive.ipynb #0452853c
 def active(
     model:LanguageModel, # under study
     layer:int, # of the dictionary
@@ -63,7 +69,8 @@ def active(
     ids = codes.any(0).nonzero()[:, 0]
     read = sae.W_enc[:, ids].T
     bias = sae.b_enc[ids] - (read @ sae.b_dec if sae.pre_bias else 0)
-    return Active(ids, codes[:, ids], read, _through(model, layer, sae.W_dec[ids]), bias, _through(model, layer, sae.b_dec))
+    return Active(ids, codes[:, ids], read, _through(model, layer, sae.W_dec[ids]), bias,
+                  _through(model, layer, sae.b_dec))
 
 # %% ../../nbs/paper2/21_recursive.ipynb #5280a46d
 @dataclass
@@ -80,9 +87,11 @@ class Trace:
 
     @property
     def words(self) -> list[str]: return self.model.str_tokens(self.tokens[0])
-    def __repr__(self): return f"{self.tokens.shape[1]} tokens, {len(self.names)} parts each, and features of layers {', '.join(map(str, self.active))}"
+    def __repr__(self):
+        layers = ', '.join(map(str, self.active))
+        return f"{self.tokens.shape[1]} tokens, {len(self.names)} parts each, and features of layers {layers}"
 
-# %% ../../nbs/paper2/21_recursive.ipynb #33f532f7
+# %% ../../nbs/paper2/21_recursive.ipynb #5ee55107
 def _begun(model, text):
     "Token ids with the beginning-of-text token in front; raises for a text without tokens."
     if isinstance(text, Tensor): return text[None] if text.ndim == 1 else text
@@ -91,6 +100,7 @@ def _begun(model, text):
     start = model.eot_id if model.bos_id is None else model.bos_id
     return torch.cat([ids.new_full((1, 1), start), ids], 1)
 
+# %% ../../nbs/paper2/21_recursive.ipynb #33f532f7
 def _parts(model, resid, attn, mlp, found):
     "Everything that is no feature: names, and vectors at every position."
     wpe = getattr(model.hf.base_model, "wpe", None)
@@ -99,7 +109,8 @@ def _parts(model, resid, attn, mlp, found):
     for l in attn:
         always = model.W_O(l)[1] + (found[l].always if l in found else 0)
         rest = attn[l] - always - (found[l].codes @ found[l].write if l in found else 0)
-        out |= {("error" if l in found else "attention", l): rest, ("bias", l): always.expand_as(rest), ("MLP", l): mlp[l]}
+        out |= {("error" if l in found else "attention", l): rest, ("bias", l): always.expand_as(rest),
+                ("MLP", l): mlp[l]}
     return {k: v for k,v in out.items() if k[0] in ("embedding", "error") or v.any()}
 
 # %% ../../nbs/paper2/21_recursive.ipynb #2293f4e2
@@ -109,21 +120,25 @@ def trace(
     saes:dict[int, Dictionary], # of z, by layer
     text:str|Int[Tensor, "seq"], # to be taken apart; token ids are to begin with the beginning of text
 ) -> Trace:
-    "Run a text and keep the parts; raises for a dictionary of another site, and where parts do not add up to the residual stream."
+    """Run a text and keep the parts; raises for a dictionary of another site, and where parts do not add up to the
+    residual stream."""
     on, top = sorted(saes), max(saes)
-    sites = {kind: {l: model.check(Site(l, f"attn_{kind}" if kind != "mlp" else "mlp_out")) for l in (on if kind == "z" else range(top))} for kind in ("z", "out", "mlp")}
+    sites = {kind: {l: model.check(Site(l, f"attn_{kind}" if kind != "mlp" else "mlp_out"))
+                    for l in (on if kind == "z" else range(top))} for kind in ("z", "out", "mlp")}
     for l in on: saes[l].check(model, sites["z"][l])
-    tokens = model._ids(_begun(model, text))
+    tokens = model.ids(_begun(model, text))
     with fast_matmul(model.device):
-        seen, resid = model.run_to(tokens, [s for group in sites.values() for s in group.values()]), model.resid_pre(tokens, [0, *on])
+        seen, resid = model.run_to(tokens,
+            [s for group in sites.values() for s in group.values()]), model.resid_pre(tokens, [0, *on])
     z, attn, mlp = ({l: seen[s][0] for l,s in group.items()} for group in sites.values())
     found = {l: active(model, l, saes[l].to(model.device), z[l]) for l in on}
     parts = _parts(model, resid[0][0], attn, mlp, found)
     norms = {l: freeze_norm(model.attn_norm(l), resid[l]) for l in on}
-    t = Trace(model, tokens, model.attend(tokens, on), norms, {l: resid[l][0] for l in on}, found, list(parts), torch.stack([*parts.values()]))
+    t = Trace(model, tokens, model.attend(tokens, on), norms, {l: resid[l][0] for l in on}, found, list(parts),
+              torch.stack([*parts.values()]))
     return t.check()
 
-# %% ../../nbs/paper2/21_recursive.ipynb #d7cb6935
+# %% ../../nbs/paper2/21_recursive.ipynb #e4412a5b
 @patch
 def below(self:Trace,
     layer:int, # whose input
@@ -131,13 +146,16 @@ def below(self:Trace,
     "Which parts the input of a layer has."
     return torch.tensor([l < layer for _,l in self.names])
 
+# %% ../../nbs/paper2/21_recursive.ipynb #d7cb6935
 @patch
 def check(self:Trace) -> Trace: # itself
     "Raises unless parts and features add up to what goes into every layer that has a dictionary."
     for layer, x in self.resid.items():
-        total = self.parts[self.below(layer)].sum(0) + sum(a.codes @ a.write for l,a in self.active.items() if l < layer)
+        total = self.parts[self.below(layer)].sum(0) + sum(a.codes @ a.write for l,
+                                                           a in self.active.items() if l < layer)
         if (total - x).norm() > 1e-3*x.norm():
-            raise SparseCodingError(f"Embedding, attention and MLPs of {self.model.name} do not add up to the residual stream at layer {layer}: "
+            raise SparseCodingError(f"Embedding, attention and MLPs of {self.model.name} do not add up to the "
+                                    f"residual stream at layer {layer}: "
                                     "its blocks do something else in between, which has to be added to `_parts`.")
     return self
 
@@ -149,7 +167,7 @@ def induction_root(
 ) -> Node: # raises for a text in which nothing is repeated
     "The active feature that takes the largest share from positions that follow an earlier occurrence of its token."
     ids, best = t.tokens[0], (0., None)
-    after = (ids[:, None] == ids.roll(1)).tril()                                   # [here, source]: before the source came what is here
+    after = (ids[:, None] == ids.roll(1)).tril()      # [here, source]: before the source came what is here
     after[:, :2], after[0] = False, False
     for layer in sorted(t.active)[1:] or t.active:
         a, seen = t.active[layer], t.attended[layer]
@@ -158,7 +176,8 @@ def induction_root(
                 taken = seen.by_source(a.read[k], torch.tensor([d]))[0].sum(0).abs()
                 share = float(taken[after[d]].sum()/taken.sum())
                 if a.codes[d, k] > 0 and share > best[0]: best = share, Node("feature", layer, d, int(a.ids[k]))
-    if best[1] is None: raise SparseCodingError("No token of this text occurs twice after something: repeat a phrase, or choose a feature yourself.")
+    if best[1] is None: raise SparseCodingError("No token of this text occurs twice after something: repeat a phrase, "
+                                                "or choose a feature yourself.")
     return best[1]
 
 # %% ../../nbs/paper2/21_recursive.ipynb #4a06d8ba
@@ -173,22 +192,28 @@ def back(self:Trace,
     seen, norm, (W, b) = self.attended[layer], self.norms[layer], self.model.W_V(layer)
     by_head, pattern = w.view(len(w), len(W), -1), seen.pattern[0][:, dst]
     u = torch.einsum("hns,nhm->nsm", pattern, torch.einsum("hme,nhe->nhm", W, by_head))
-    return norm.pull_back(u, norm.scale[0]), torch.einsum("hns,he,nhe->n", pattern, b, by_head) + (u @ norm.shift).sum(1)
+    return norm.pull_back(u, norm.scale[0]), torch.einsum("hns,he,nhe->n", pattern, b,
+                                                          by_head) + (u @ norm.shift).sum(1)
 
-# %% ../../nbs/paper2/21_recursive.ipynb #fcacb5ea
+# %% ../../nbs/paper2/21_recursive.ipynb #6c325089
 @patch
 def column(self:Trace,
     node:Node, # a feature
 ) -> int: # where it stands among those that are active; raises where it is silent
     "The place of an active feature."
     a = self.active.get(node.layer)
-    if node.kind != "feature" or a is None: raise SparseCodingError(f"Only a feature of layers {', '.join(map(str, self.active))} can be traced back, and {node} is none.")
-    if not 0 <= node.position < len(a.codes): raise SparseCodingError(f"There is no token {node.position}: this text has {len(a.codes)}, counted from 0.")
+    if node.kind != "feature" or a is None: raise SparseCodingError(f"Only a feature of layers "
+                                                                    f"{', '.join(map(str, self.active))} can be "
+                                                                    f"traced back, and {node} is none.")
+    if not 0 <= node.position < len(a.codes): raise SparseCodingError(f"There is no token {node.position}: this text "
+                                                                      f"has {len(a.codes)}, counted from 0.")
     k = (a.ids == node.feature).nonzero()
     if not len(k) or not a.codes[node.position, k[0, 0]]:
-        raise SparseCodingError(f"Feature {node} is silent at token {node.position}, {self.words[node.position]!r}: choose one of {', '.join(map(str, self.at(node.layer, node.position)[:5]))}.")
+        raise SparseCodingError(f"Feature {node} is silent at token {node.position}, {self.words[node.position]!r}: "
+                                f"choose one of {', '.join(map(str, self.at(node.layer, node.position)[:5]))}.")
     return int(k[0, 0])
 
+# %% ../../nbs/paper2/21_recursive.ipynb #fcacb5ea
 @patch
 def at(self:Trace,
     layer:int, # that has a dictionary
@@ -196,9 +221,10 @@ def at(self:Trace,
 ) -> list[Node]: # the strongest first
     "The features that are active at a token."
     codes = self.active[layer].codes[position]
-    return [Node("feature", layer, position, int(self.active[layer].ids[k])) for k in codes.argsort(descending=True) if codes[k] > 0]
+    return [Node("feature", layer, position, int(self.active[layer].ids[k])) for k in codes.argsort(descending=True)
+            if codes[k] > 0]
 
-# %% ../../nbs/paper2/21_recursive.ipynb #0f6de458
+# %% ../../nbs/paper2/21_recursive.ipynb #1812cb2c
 @dataclass(eq=False)
 class Step:
     "A feature that has been traced back."
@@ -209,6 +235,7 @@ class Step:
     u: Float[Tensor, "seq d_model"] # what it looks for
     const: float # its activation without any input
 
+# %% ../../nbs/paper2/21_recursive.ipynb #0f6de458
 def _step(t, node, depth, factor):
     a, k = t.active[node.layer], t.column(node)
     u, const = t.back(node.layer, torch.tensor([node.position]), a.read[[k]])
@@ -233,15 +260,17 @@ def steps_back(
             at, k = divmod(i, len(a.ids))
             if not size[at, k]: continue
             of = steps[max(parents, key=lambda i: abs(brings[i, at, k]))]
-            steps = [*steps, _step(t, Node("feature", layer, at, int(a.ids[k])), of.depth + 1, float(brings[:, at, k].sum()/a.codes[at, k]))]
+            steps = [*steps, _step(t, Node("feature", layer, at, int(a.ids[k])), of.depth + 1,
+                                   float(brings[:, at, k].sum()/a.codes[at, k]))]
     return steps
 
-# %% ../../nbs/paper2/21_recursive.ipynb #6dd758ac
+# %% ../../nbs/paper2/21_recursive.ipynb #97536ec9
 def _looked_for(steps, layer):
     "What everything that was traced above a layer looks for in its output; None if there is nothing above."
     above = [s.factor*s.u for s in steps if s.node.layer > layer]
     return torch.stack(above).sum(0) if above else None
 
+# %% ../../nbs/paper2/21_recursive.ipynb #6dd758ac
 def _blocks(t, steps):
     "Kind, layer, positions, columns and contributions of everything that was not traced."
     n = steps[0].node.position + 1
@@ -270,7 +299,8 @@ class Graph:
     @property
     def root(self) -> Node: return self.steps[0].node
     @property
-    def activation(self) -> float: return float(self.trace.active[self.root.layer].codes[self.root.position, self.steps[0].column])
+    def activation(self) -> float: return float(self.trace.active[self.root.layer].codes[self.root.position,
+        self.steps[0].column])
     @property
     def total(self) -> float: return float(self.values.sum()) + self.bias + self.start
     @property
@@ -293,17 +323,20 @@ def trace_back(
         start += float(v.sum() - v[here].sum())
         nodes += [Node(kind, l, at[i], int(t.active[l].ids[ks[i]]) if kind == "feature" else -1) for i in here]
         columns, values = columns + [ks[i] for i in here], [*values, v[here]]
-    return Graph(t, steps, nodes, columns, torch.cat([*values, torch.zeros(0, device=t.parts.device)]), float(bias), start)
+    return Graph(t, steps, nodes, columns, torch.cat([*values, torch.zeros(0, device=t.parts.device)]), float(bias),
+                 start)
 
 # %% ../../nbs/paper2/21_recursive.ipynb #e23690f1
-KINDS = {"embedding": "ica", "position": "basis", "attention": "other", "MLP": "pca", "feature": "sae", "error": "target", "bias": "random", "start": "ink"}
+KINDS = {"embedding": "ica", "position": "basis", "attention": "other", "MLP": "pca", "feature": "sae",
+         "error": "target", "bias": "random", "start": "ink"}
 SIGNS = plt.matplotlib.colors.LinearSegmentedColormap.from_list("signs", [COLORS["target"], "#f4f4f4", COLORS["sae"]])
 
 def by_kind(
     g:Graph, # an activation in parts
 ) -> dict[str, float]: # in units of the root's activation; they add up to 1
     "Contributions added up by kind."
-    out = {kind: sum(float(v) for n,v in zip(g.nodes, g.values) if n.kind == kind) for kind in KINDS} | {"bias": g.bias, "start": g.start}
+    out = {kind: sum(float(v) for n,v in zip(g.nodes, g.values) if n.kind == kind) for kind in KINDS} | {"bias": g.bias,
+        "start": g.start}
     return {k: v/g.activation for k,v in out.items() if v}
 
 # %% ../../nbs/paper2/21_recursive.ipynb #d95ca4e4
@@ -313,12 +346,14 @@ def plot_step(
 ) -> plt.Figure:
     "A feature's sources by head, and its activation by kind."
     t, d = g.trace, g.root.position
-    taken = t.attended[g.root.layer].by_source(t.active[g.root.layer].read[g.steps[0].column], torch.tensor([d]))[0, :, :d + 1].cpu().numpy()/g.activation
+    taken = t.attended[g.root.layer].by_source(t.active[g.root.layer].read[g.steps[0].column], torch.tensor([d]))[0, :,
+        :d + 1].cpu().numpy()/g.activation
     fig, (top, low) = plt.subplots(2, 1, figsize=(7, 3.6), height_ratios=(3, 2))
     shown = slice(max(0, d + 1 - near), d + 1)
     size = abs(taken[:, shown]).max()
     image = top.imshow(taken[:, shown], aspect="auto", cmap=SIGNS, vmin=-size, vmax=size)
-    top.set(ylabel="head", xticks=range(len(words := [printable(w) for w in t.words[shown]])), yticks=range(0, len(taken), max(1, len(taken)//4)))
+    top.set(ylabel="head", xticks=range(len(words := [printable(w) for w in t.words[shown]])),
+            yticks=range(0, len(taken), max(1, len(taken)//4)))
     top.set_xticklabels(words, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
     top.grid(False)
     fig.colorbar(image, ax=top, format=lambda v,_: f"{v:.0%}", pad=.01, label="share")
@@ -331,16 +366,19 @@ def plot_step(
     low.margins(y=.2)
     return fig
 
-# %% ../../nbs/paper2/21_recursive.ipynb #07de7841
+# %% ../../nbs/paper2/21_recursive.ipynb #b5673e82
 @patch
 def completeness(self:Graph,
     n:int, # leaves kept, the largest ones
 ) -> dict[str, float]: # shares
-    "What the largest leaves and the constants stand for: of the activation, and of all contributions without their signs."
+    """What the largest leaves and the constants stand for: of the activation, and of all contributions without
+    their signs."""
     top, fixed = self.values[self.order[:n]], (self.bias, self.start)
     size = float(self.values.abs().sum()) + sum(map(abs, fixed))
-    return dict(activation=(float(top.sum()) + sum(fixed))/self.activation, absolute=(float(top.abs().sum()) + sum(map(abs, fixed)))/size)
+    return dict(activation=(float(top.sum()) + sum(fixed))/self.activation,
+                absolute=(float(top.abs().sum()) + sum(map(abs, fixed)))/size)
 
+# %% ../../nbs/paper2/21_recursive.ipynb #07de7841
 @patch
 @torch.no_grad()
 def edge(self:Graph,
@@ -351,10 +389,12 @@ def edge(self:Graph,
     "What a node brings to the root through one of the features that read it."
     if node.layer >= step.node.layer: return 0.
     t, u = self.trace, step.u[node.position]
-    if node.kind == "feature": return step.factor*float(u @ t.active[node.layer].write[column])*float(t.active[node.layer].codes[node.position, column])/self.activation
+    if node.kind == "feature":
+        a = t.active[node.layer]
+        return step.factor*float(u @ a.write[column])*float(a.codes[node.position, column])/self.activation
     return step.factor*float(u @ t.parts[t.names.index((node.kind, node.layer)), node.position])/self.activation
 
-# %% ../../nbs/paper2/21_recursive.ipynb #70e7946c
+# %% ../../nbs/paper2/21_recursive.ipynb #b3bf6dd2
 def _stretches(dictionaries, top, longest=6):
     "The layers of each column: one for the embedding, one per dictionary, and stretches of layers between."
     out = [[-1]]
@@ -363,16 +403,21 @@ def _stretches(dictionaries, top, longest=6):
         else: out[-1].append(l)
     return out
 
+# %% ../../nbs/paper2/21_recursive.ipynb #70e7946c
 def _spots(g, shown):
-    "Where nodes are drawn: columns are layers from the embedding to the root's, rows are tokens; nodes of one place stand below each other."
+    """Where nodes are drawn: columns are layers from the embedding to the root's, rows are tokens; nodes of one
+    place stand below each other."""
     columns = _stretches(g.trace.active, g.root.layer)
     columns = [c for c in columns if any(n.layer in c for n in shown)]
     rows = sorted({n.position for n in shown})
-    cells = {(c, s): sorted(n for n in shown if n.layer in columns[c] and n.position == s) for c in range(len(columns)) for s in rows}
+    cells = {(c, s): sorted(n for n in shown if n.layer in columns[c] and n.position == s) for c in range(len(columns))
+             for s in rows}
     height = {s: max(len(cells[c, s]) for c in range(len(columns))) for s in rows}
     first = {s: sum(height[r] for r in rows if r < s) for s in rows}
-    spots = {n: (c, first[s] + (height[s] - len(group))/2 + i) for (c,s),group in cells.items() for i,n in enumerate(group)}
-    return spots, ["embedding" if c[0] < 0 else f"{c[0]}-{c[-1]}" if len(c) > 1 else str(c[0]) for c in columns], first, height
+    spots = {n: (c, first[s] + (height[s] - len(group))/2 + i) for (c,s),group in cells.items() for i,
+             n in enumerate(group)}
+    return spots, ["embedding" if c[0] < 0 else f"{c[0]}-{c[-1]}" if len(c) > 1 else str(c[0])
+                   for c in columns], first, height
 
 # %% ../../nbs/paper2/21_recursive.ipynb #de563228
 def _draw_edges(ax, g, spots, columns, least):
@@ -384,7 +429,8 @@ def _draw_edges(ax, g, spots, columns, least):
             (x0, y0), (x1, y1) = spots[node], spots[step.node]
             t = np.linspace(0, 1, 40)
             color = COLORS["sae" if w > 0 else "target"]
-            ax.plot(x0 + (x1 - x0)*t, y0 + (y1 - y0)*(3*t**2 - 2*t**3), color=color, lw=.5 + 12*min(abs(w), .5), alpha=.45, solid_capstyle="butt", zorder=1)
+            ax.plot(x0 + (x1 - x0)*t, y0 + (y1 - y0)*(3*t**2 - 2*t**3), color=color, lw=.5 + 12*min(abs(w), .5),
+                    alpha=.45, solid_capstyle="butt", zorder=1)
 
 # %% ../../nbs/paper2/21_recursive.ipynb #2c69b532
 def plot_graph(
@@ -392,16 +438,19 @@ def plot_graph(
     n:int=24, # leaves, the largest ones
     least:float=.005, # share of the activation from which an edge is drawn
 ) -> plt.Figure:
-    "Rows are tokens, columns layers; blue adds to the root, orange takes away; the number is the share of the root's activation."
+    """Rows are tokens, columns layers; blue adds to the root, orange takes away; the number is the share of the
+    root's activation."""
     columns = {g.nodes[i]: g.columns[i] for i in g.order[:n]} | {s.node: s.column for s in g.steps}
     share = {g.nodes[i]: float(g.values[i])/g.activation for i in g.order[:n]}
-    share |= {s.node: s.factor*float(g.trace.active[s.node.layer].codes[s.node.position, s.column])/g.activation for s in g.steps}
+    share |= {s.node: s.factor*float(g.trace.active[s.node.layer].codes[s.node.position, s.column])/g.activation
+              for s in g.steps}
     spots, names, first, height = _spots(g, list(columns))
     fig, ax = plt.subplots(figsize=(7, .6 + .21*sum(height.values())))
     _draw_edges(ax, g, spots, columns, least)
     for node,(x,y) in spots.items():
         ax.text(x, y, f"{node} {round(100*share[node])}%", fontsize=6, ha="center", va="center", zorder=3,
-                bbox=dict(boxstyle="round,pad=.2", fc="white", ec=COLORS[KINDS[node.kind]], lw=1.8 if node == g.root else .9))
+                bbox=dict(boxstyle="round,pad=.2", fc="white", ec=COLORS[KINDS[node.kind]],
+                          lw=1.8 if node == g.root else .9))
     for s,y in first.items():
         if y: ax.axhline(y - .5, color="#e6e6e6", lw=.6, zorder=0)
         ax.text(-.65, y + height[s]/2 - .5, f"{printable(g.trace.words[s])}  {s}", fontsize=7, ha="right", va="center")
@@ -412,21 +461,24 @@ def plot_graph(
     ax.spines[:].set_visible(False)
     return fig
 
-# %% ../../nbs/paper2/21_recursive.ipynb #e4b5ddcd
+# %% ../../nbs/paper2/21_recursive.ipynb #abdcb30a
 @dataclass
 class Means:
     "Of every part, over text, the beginnings of texts left out."
     parts: dict[str, Float[Tensor, "d_model"]] # by kind and layer
     codes: dict[int, Float[Tensor, "d_sae"]] # by layer
 
+# %% ../../nbs/paper2/21_recursive.ipynb #e4b5ddcd
 def _add_up(model, saes, tokens):
     "Sums over all tokens but the first of each row: what every layer adds, and codes."
     top = max(saes)
-    sites = {f"{name} {l}": Site(l, kind) for l in range(top) for name,kind in (("attention", "attn_out"), ("MLP", "mlp_out"))}
+    sites = {f"{name} {l}": Site(l, kind) for l in range(top) for name,
+             kind in (("attention", "attn_out"), ("MLP", "mlp_out"))}
     zs, sums = {f"codes {l}": Site(l, "attn_z") for l in saes}, lambda x: x[:, 1:].flatten(0, 1).double().sum(0)
     with fast_matmul(model.device):
         seen, x = model.run_to(tokens, [*sites.values(), *zs.values()]), model.resid_pre(tokens, [0])[0]
-        out = {k: sums(seen[s]) for k,s in sites.items()} | {k: sums(saes[s.layer].encode(seen[s])) for k,s in zs.items()}
+        out = {k: sums(seen[s]) for k,s in sites.items()} | {k: sums(saes[s.layer].encode(seen[s])) for k,
+            s in zs.items()}
     wpe = getattr(model.hf.base_model, "wpe", None)
     where = (wpe.weight[:x.shape[1]] if wpe is not None else torch.zeros_like(x[0])).expand_as(x)
     return out | {"embedding": sums(x - where), "position": sums(where)}
@@ -444,9 +496,12 @@ def corpus_means(
         total = {}
         for i in tqdm(range(0, len(tokens), batch), desc="means", unit="batch", leave=False, delay=2):
             for k,v in _add_up(model, saes, np.array(tokens[i:i + batch])).items(): total[k] = total.get(k, 0) + v
-        save_file({k: (v/(len(tokens)*(tokens.shape[1] - 1))).float().cpu().contiguous() for k,v in total.items()}, folder/"means.safetensors")
-    config = dict(model=model.fingerprint, dictionaries={l: fingerprint(sae) for l,sae in saes.items()}, tokens=np.asarray(tokens).tolist())
-    found = load_file(load_or_compute("means", config, compute, code=(_add_up,))/"means.safetensors", device=str(model.device))
+        save_file({k: (v/(len(tokens)*(tokens.shape[1] - 1))).float().cpu().contiguous() for k,v in total.items()},
+                  folder/"means.safetensors")
+    config = dict(model=model.fingerprint, dictionaries={l: fingerprint(sae) for l,sae in saes.items()},
+                  tokens=np.asarray(tokens).tolist())
+    found = load_file(load_or_compute("means", config, compute, code=(_add_up,))/"means.safetensors",
+                      device=str(model.device))
     codes = {int(k.split()[1]): found.pop(k) for k in list(found) if k.startswith("codes")}
     return Means(found, codes)
 
@@ -474,19 +529,11 @@ def deviations(
     return torch.cat(out)
 
 # %% ../../nbs/paper2/21_recursive.ipynb #d8cb3d8f
-def _run_z(model, layer, x):
-    "All heads of a layer, by the model's own attention, on a residual stream that is given."
-    seen, blocks = [], nn.ModuleList([_Given(x)]*max(layer, 1) + [model.blocks[layer]])
-    def keep(z): seen.append(z); raise _Enough
-    with model._hooks({Site(layer, "attn_z"): keep}), fast_matmul(model.device):
-        try: _variant(model.hf.base_model, **{model._blocks: blocks})(inputs_embeds=x, use_cache=False)
-        except _Enough: pass
-    return seen[0]
-
 def _assemble(g, means, layer, kept, dev):
     "The residual stream before a layer, a row for each set of leaves that are kept."
     t, seq = g.trace, g.root.position + 1
-    x = sum(v for k,v in means.parts.items() if k in ("embedding", "position") or int(k.split()[1]) < layer).expand(len(kept), seq, -1).clone()
+    x = sum(v for k,v in means.parts.items() if k in ("embedding", "position")
+            or int(k.split()[1]) < layer).expand(len(kept), seq, -1).clone()
     x[:, 0] = t.resid[layer][0]
     at, below = (torch.tensor([getattr(n, k) for n in g.nodes], device=x.device) for k in ("position", "layer"))
     for s in range(1, seq):
@@ -507,10 +554,12 @@ def rebuild(
     t, dev, found = g.trace, deviations(g, means) if dev is None else dev, {}
     for layer in sorted({s.node.layer for s in g.steps}):
         x, a = _assemble(g, means, layer, kept.to(dev.device), dev), t.active[layer]
-        for s,f in found.items(): x[:, s.node.position] += (f - means.codes[s.node.layer][s.node.feature])[:, None]*t.active[s.node.layer].write[s.column]
-        z = None if frozen else _run_z(t.model, layer, x)
+        for s,f in found.items(): x[:, s.node.position] += (f - means.codes[s.node.layer][s.node.feature])[:,
+            None]*t.active[s.node.layer].write[s.column]
+        z = None if frozen else run_z(t.model, layer, x)
         for s in (s for s in g.steps if s.node.layer == layer):
-            f = (x*s.u[:x.shape[1]]).sum((1, 2)) + s.const if frozen else z[:, s.node.position] @ a.read[s.column] + a.bias[s.column]
+            f = (x*s.u[:x.shape[1]]).sum((1, 2)) + s.const if frozen else z[:,
+                s.node.position] @ a.read[s.column] + a.bias[s.column]
             found[s] = f.clamp(min=0)
     return found[g.steps[0]]/g.activation
 
@@ -532,7 +581,8 @@ def orders(
         other = {i: j for group in groups.values() for i,j in zip(group, rng.permutation(group).tolist())}
         return [other[i] for i in ours]
     return {"contribution": [ours], "beyond the mean": [beyond.abs().argsort(descending=True).tolist()],
-            "same kinds": [matched() for _ in range(draws)], "random": [rng.permutation(len(ours)).tolist() for _ in range(draws)]}
+            "same kinds": [matched() for _ in range(draws)],
+            "random": [rng.permutation(len(ours)).tolist() for _ in range(draws)]}
 
 # %% ../../nbs/paper2/21_recursive.ipynb #eb581fc3
 def kept_shares(
@@ -547,7 +597,8 @@ def kept_shares(
     kept = torch.zeros(sum(map(len, chosen.values())), len(counts), len(g.nodes), dtype=torch.bool)
     for row,order in zip(kept, (o for many in chosen.values() for o in many)):
         for k,n in enumerate(counts): row[k, order[:n]] = True
-    left = torch.stack([rebuild(g, means, kept.flatten(0, 1), frozen, dev).view(len(kept), -1).cpu() for frozen in (True, False)]).numpy()
+    left = torch.stack([rebuild(g, means, kept.flatten(0, 1), frozen, dev).view(len(kept), -1).cpu()
+                        for frozen in (True, False)]).numpy()
     ends = np.cumsum([len(many) for many in chosen.values()])
     return {name: left[:, b - len(many):b].mean(1) for (name,many),b in zip(chosen.items(), ends)}
 
@@ -602,19 +653,26 @@ def faithfulness(
     def compute(folder):
         out, sums = [], []
         for i,(row,root) in enumerate(tqdm(roots, desc="graphs", unit="graph", leave=False, delay=2)):
-            g = trace_back(trace(model, saes, torch.tensor(np.array(store.tokens[row, :root.position + 1]))), root, depth, width)
+            g = trace_back(trace(model, saes, torch.tensor(np.array(store.tokens[row, :root.position + 1]))), root,
+                           depth, width)
             out.append(kept_shares(g, means, counts, seed=i))
             sums.append((g.total/g.activation, len(g.nodes)))
-        save_file({k: torch.tensor(np.array([o[k] for o in out])) for k in out[0]} | {"sums": torch.tensor(sums)}, folder/"left.safetensors")
-    config = dict(model=model.fingerprint, dictionaries={l: fingerprint(sae) for l,sae in saes.items()}, store=store.folder.name, roots=[[r, str(n), n.position] for r,n in roots],
-                  means=[float(v.double().norm()) for v in means.parts.values()], counts=counts, depth=depth, width=width)
-    found = load_file(load_or_compute("faithfulness", config, compute, code=(trace, trace_back, kept_shares))/"left.safetensors")
+        save_file({k: torch.tensor(np.array([o[k] for o in out])) for k in out[0]} | {"sums": torch.tensor(sums)},
+                  folder/"left.safetensors")
+    config = dict(model=model.fingerprint, dictionaries={l: fingerprint(sae) for l,sae in saes.items()},
+                  store=store.folder.name, roots=[[r, str(n), n.position] for r,n in roots],
+                  means=[float(v.double().norm()) for v in means.parts.values()], counts=counts, depth=depth,
+                  width=width)
+    found = load_file(load_or_compute("faithfulness", config, compute,
+                                      code=(trace, trace_back, kept_shares))/"left.safetensors")
     sums = found.pop("sums").numpy()
     return Faithfulness(np.array(counts), {k: v.numpy() for k,v in found.items()}, sums[:, 0], sums[:, 1].astype(int))
 
-# %% ../../nbs/paper2/21_recursive.ipynb #6708ca9d
-ORDERS = {"contribution": ("sae", "-"), "beyond the mean": ("ica", "-"), "same kinds": ("pca", "--"), "random": ("random", "--")}
+# %% ../../nbs/paper2/21_recursive.ipynb #906f7a24
+ORDERS = {"contribution": ("sae", "-"), "beyond the mean": ("ica", "-"), "same kinds": ("pca", "--"),
+          "random": ("random", "--")}
 
+# %% ../../nbs/paper2/21_recursive.ipynb #6708ca9d
 def plot_faithfulness(
     tested:Faithfulness, # of some graphs
     n:int, # leaves of a graph as it is shown
@@ -629,19 +687,11 @@ def plot_faithfulness(
             ax.fill_between(x, *zip(*ci), color=COLORS[color], alpha=.15, lw=0)
     for ax,title in zip(axes, ("patterns and norms frozen", "attention run anew")):
         ax.axvline(n, color=COLORS["ink"], lw=.7, ls=":")
-        ax.set(xscale="log", xlabel="leaves kept", title=title, ylim=(-.05, 1.3), xticks=(labels := [.5, 1, 10, 100, 1000]))
+        ax.set(xscale="log", xlabel="leaves kept", title=title, ylim=(-.05, 1.3),
+               xticks=(labels := [.5, 1, 10, 100, 1000]))
         ax.set_xticklabels(["0" if v < 1 else f"{v:g}" for v in labels])
         ax.minorticks_off()
     axes[0].set_ylabel("share of activation left")
     axes[0].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
     axes[0].legend()
     return fig
-
-# %% ../../nbs/paper2/21_recursive.ipynb #37812978
-@rule("P2-rdfa")
-def judge_rdfa(rec):
-    """Contributions add up within 1%, and the graph's nodes keep more than as many random ones, by the interval, and more than half, by its lower end: with everything else
-    frozen and with attention run. Partly if they add up and keep more in one of the two."""
-    more = [rec["adds_up"] < .01 and rec[way]["gap"][0] > 0 for way in ("frozen", "run")]
-    half = [rec[way]["kept"][0] > .5 for way in ("frozen", "run")]
-    return "holds" if all(more) and all(half) else "partly" if any(more) else "does not hold"

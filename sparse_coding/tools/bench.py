@@ -20,15 +20,17 @@ import torch
 from torch import nn
 
 # %% ../../nbs/tools/80_bench.ipynb #28efb7a5
-from ..core import Preset, Recipe, Site, best_matmul, cache_dir, fast_matmul, probe_matmul
+from ..presets import Preset, Recipe, Site
+from ..runs import best_matmul, cache_dir, fast_matmul, probe_matmul
 from ..models import LanguageModel, load_model
 from ..corpora import load_rows
 from ..activations import batch_rows, harvest, relative_error
 from ..dictionaries import Dictionary, TiedSAE
+from ..study import dictionary
 from ..evidence import FRAGMENT, Collector
-from ..paper1.training import dictionary
+from ..prompts import ioi_pairs
+from ..search import Patching, acdc, attribution, start_search, sweep_once, visits
 from ..paper1.baselines import baseline
-from ..paper1.ioi import Patching, acdc, attribution, ioi_pairs, start_search, sweep_once, visits
 
 # %% ../../nbs/tools/80_bench.ipynb #b3064387
 def interleave_times(

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..core import Preset, SparseCodingError, best_matmul, cache_dir, matmul_precision
+from ..presets import Preset, SparseCodingError
+from ..runs import best_matmul, cache_dir, matmul_precision
 from ..models import load_model
 from ..activations import batches
 from ..dictionaries import TiedSAE
 from ..engine import Engine
-from ..paper1.training import stores
+from ..study import stores
 from .bench import median_ratio
 
 # %% ../../nbs/tools/81_bench_training.ipynb #04aef684
