@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.ledger import claims
 from sparse_coding.presets import Site
+from sparse_coding.ledger import claims
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE
 from sparse_coding.paper2.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same,

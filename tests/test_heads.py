@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.ledger import claims
 from sparse_coding.presets import Site, SparseCodingError
+from sparse_coding.ledger import claims
 from sparse_coding.models import load_model
 from sparse_coding.paper2.families import FAMILIES, Families, Scores
 from sparse_coding.paper2.heads import (Kinship, chance_pairs, groups, kinship, made_up, mean_words, plot_heads,
