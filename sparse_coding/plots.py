@@ -72,6 +72,7 @@ def signature(
     model = model or MODEL_NAMES.get(p.model, short)
     return " · ".join([f"preset {p.name}", model, *(f"{k} {number(v)}" for k,v in counts.items())])
 
+# %% ../nbs/foundation/04_plots.ipynb #dd89df66
 def stamp(
     fig:plt.Figure, # to be signed
     p:Preset, # in force
@@ -88,9 +89,12 @@ class Table(list):
     def _repr_markdown_(self):
         if not self: return "(nothing to list)"
         head = list(self[0])
-        show = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) and abs(v) < 1000 else f"{v:,}" if isinstance(v, (int, float)) else str(v)
+        def show(v):
+            if v is None: return ""
+            if isinstance(v, float) and abs(v) < 1000: return f"{v:.3g}"
+            return f"{v:,}" if isinstance(v, (int, float)) else str(v)
         rows = [head, ["---"]*len(head), *([show(r[k]) for k in head] for r in self)]
-        safe = lambda c: c.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")           # a token may be half a tag
+        safe = lambda c: c.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")   # half a tag
         return "\n".join(f"| {' | '.join(map(safe, row))} |" for row in rows)
 
 # %% ../nbs/foundation/04_plots.ipynb #ec2b086e
@@ -100,6 +104,7 @@ def figures_dir() -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
 
+# %% ../nbs/foundation/04_plots.ipynb #61af2336
 def save_figure(
     fig:plt.Figure, # to be saved
     name:str, # such as "fig6"

@@ -108,15 +108,17 @@ def site(self:Preset) -> Site:
 # %% ../nbs/foundation/00_presets.ipynb #5bf31b21
 PRESETS = {
     "quick": Preset(),
-    "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, n_fragments=4096, layers=(3, 9, 15, 28, 29),
-        mlp_layers=(0, 9, 28), attn_layers=(3, 9, 14, 17, 18, 23), attn_tokens=393_216, ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1.,
-        n_seeds=3, steps=1500, mlp_steps=200),
+    "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, n_fragments=4096,
+        layers=(3, 9, 15, 28, 29), mlp_layers=(0, 9, 28), attn_layers=(3, 9, 14, 17, 18, 23), attn_tokens=393_216,
+        ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1., n_seeds=3, steps=1500, mlp_steps=200),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
-        corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, n_fragments=50_000, drop_first=False, max_norm=None,
+        corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, n_fragments=50_000,
+        drop_first=False, max_norm=None,
         layer=2, layers=tuple(range(6)), mlp_layers=tuple(range(6)), attn_layers=tuple(range(6)),
         ratios=(.5, 1., 2., 4., 8., 16., 32.), alphas=tuple(float(f"{a:.4g}") for a in np.logspace(-4, -2, 16)),
         alpha_unit="code", alpha=8.577e-4, mlp_ratios=(.25, .5, 1., 2., 4., 8., 16.), mlp_ratio=1., mlp_alpha=3.162e-4,
-        mlp_alphas=(1e-4, 3.162e-4, 5.623e-4, 1e-3, 1.778e-3, 3.162e-3), n_seeds=3, steps=20_480, mlp_steps=15_360, batch_size=1024),
+        mlp_alphas=(1e-4, 3.162e-4, 5.623e-4, 1e-3, 1.778e-3, 3.162e-3), n_seeds=3, steps=20_480, mlp_steps=15_360,
+        batch_size=1024),
 }
 
 # %% ../nbs/foundation/00_presets.ipynb #c85abe95
@@ -147,7 +149,8 @@ def check_preset(
         raise SparseCodingError(f"R = {low[0]} is no dictionary: the ratio d_sae / d_in must be above 0.")
     for name, value, grid in (("ratio", p.ratio, p.ratios), ("alpha", p.alpha, p.alphas)):
         if value not in grid:
-            raise SparseCodingError(f"{name} = {value} is not in the sweep, whose {name}s are {grid}: later sections take their dictionary from it.")
+            raise SparseCodingError(f"{name} = {value} is not in the sweep, whose {name}s are {grid}: "
+                                    "later sections take their dictionary from it.")
     return p
 
 # %% ../nbs/foundation/00_presets.ipynb #f70525fd

@@ -32,11 +32,13 @@ def set_seed(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
+# %% ../nbs/foundation/01_runs.ipynb #37fa85f2
 def device() -> torch.device:
     "SPARSE_CODING_DEVICE if set, else the best that torch sees: cuda, mps, cpu."
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device(os.environ.get("SPARSE_CODING_DEVICE") or best)
 
+# %% ../nbs/foundation/01_runs.ipynb #13074c6e
 def set_threads(
     n:int, # how many cores to use
 ):
@@ -44,6 +46,7 @@ def set_threads(
     torch.set_num_threads(n)
     threadpool_limits(n)
 
+# %% ../nbs/foundation/01_runs.ipynb #7633bd7f
 @contextmanager
 def threads(
     n:int, # how many cores a block of code may use
@@ -74,7 +77,7 @@ def probe_matmul(
     g, found = torch.Generator().manual_seed(0), {}
     a, b = torch.randn(n, 576, generator=g), torch.randn(576, 1152, generator=g)
     exact = a.double() @ b.double()
-    for setting in ("highest", "high", "medium")*rounds:                       # in turns: a busy moment hits all of them
+    for setting in ("highest", "high", "medium")*rounds:               # in turns: a busy moment hits all of them
         with matmul_precision(setting): start = time.perf_counter(); c = a @ b; seconds = time.perf_counter() - start
         fastest = min(seconds, found.get(setting, (1e9, 0.))[0])
         found[setting] = fastest, float((c.double() - exact).norm()/exact.norm())
@@ -86,11 +89,12 @@ def best_matmul(
     tolerance:float=2e-6, # relative error; float32 sums give about 3e-7, bfloat16 3e-3
     slower:float=1.15, # times as long as the default is still no reason against "medium"
 ) -> str:
-    "The faster setting whose product is accurate to float32, \"medium\" where they are about equal; probed once per process."
+    "The faster setting that is accurate to float32, \"medium\" where they are about equal; probed once per process."
     found = probe_matmul()
     (seconds, error), default = found["medium"], found["highest"][0]
     return "medium" if error < tolerance and seconds < slower*default else "highest"
 
+# %% ../nbs/foundation/01_runs.ipynb #31c06893
 @contextmanager
 def fast_matmul(
     on:torch.device|str="cpu", # only the CPU has a choice that keeps float32
@@ -98,6 +102,7 @@ def fast_matmul(
     "Run a block with the fastest float32 product that is accurate to float32."
     with matmul_precision(best_matmul() if torch.device(on).type == "cpu" else "highest"), _DefaultInAttention(): yield
 
+# %% ../nbs/foundation/01_runs.ipynb #39c9d8f1
 class _DefaultInAttention(TorchFunctionMode):
     "Attention multiplies small matrices, at which the kernel that is fast for large ones is slow."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -135,12 +140,14 @@ def write_json(
     part.write_text(json.dumps(obj, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
+# %% ../nbs/foundation/01_runs.ipynb #f71497ad
 def read_json(
     path:Path, # a file written by `write_json`
 ):
     "Read JSON."
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
+# %% ../nbs/foundation/01_runs.ipynb #ce9e07c5
 def sha256(
     path:Path, # a file of any size
 ) -> str: # hexadecimal
@@ -165,17 +172,20 @@ def _essence(func) -> tuple[str, set]|None:
     except (OSError, TypeError, SyntaxError): return None
     return ast.dump(tree), {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
 
+# %% ../nbs/foundation/01_runs.ipynb #67a3936e
 def _functions(obj) -> list:
     "The functions an object stands for: itself, or the methods of a class."
     if not inspect.isclass(obj): return [inspect.unwrap(obj)]
     members = (getattr(m, "fget", None) or getattr(m, "__func__", m) for m in vars(obj).values())
     return [inspect.unwrap(m) for m in members if inspect.isfunction(m)]
 
+# %% ../nbs/foundation/01_runs.ipynb #66bf77e9
 def _globals_of(code) -> set:
-    "Names that a code object and those inside it look up outside themselves: a local variable is none, whatever it is called."
+    "Names that a code object and those inside it look up outside themselves; local variables are none of them."
     inner = (c for c in code.co_consts if inspect.iscode(c))
     return set(code.co_names).union(*map(_globals_of, inner))
 
+# %% ../nbs/foundation/01_runs.ipynb #1c36b8cb
 def _ours(obj) -> bool:
     "Is this a function or class of this library, or of the notebook that defines it?"
     return callable(obj) and getattr(obj, "__module__", None) is not None and hasattr(obj, "__qualname__") \
@@ -195,7 +205,8 @@ def code_hash(
         for name in names & _globals_of(func.__code__) & scope.keys():
             if _ours(scope[name]): todo += _functions(scope[name])
             elif name.isupper(): seen[func.__module__, name] = repr(scope[name])
-    return hashlib.sha256(json.dumps(sorted({(name, text) for (_, name),text in seen.items()})).encode()).hexdigest()[:16]
+    essence = sorted({(name, text) for (_, name),text in seen.items()})
+    return hashlib.sha256(json.dumps(essence).encode()).hexdigest()[:16]
 
 # %% ../nbs/foundation/01_runs.ipynb #5cdeb94f
 def load_or_compute(
@@ -224,6 +235,7 @@ def repository() -> Path|None:
     root = Path(importlib.util.find_spec("sparse_coding").origin).parent.parent
     return root if (root/"settings.ini").exists() and (root/"nbs").exists() else None
 
+# %% ../nbs/foundation/01_runs.ipynb #19afe36e
 @cache
 def commit() -> str|None:
     "The commit of this checkout, with a + when something is changed; None outside one."

@@ -15,7 +15,6 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbformat import NotebookNode
 from tqdm import tqdm
 
 from ..presets import PRESETS, Preset, SparseCodingError
@@ -33,15 +32,17 @@ FOLDERS = "foundation", "paper1", "paper2", "related", "tools"
 def notebooks() -> list[Path]:
     "All notebooks, in reading order; raises `SparseCodingError` outside a checkout."
     if not (root := repository()):
-        raise SparseCodingError("The notebooks are not here: clone the repository and install it with `pip install -e .`.")
+        raise SparseCodingError("The notebooks are not here: clone the repository, then `pip install -e .` in it.")
     return [p for folder in FOLDERS for p in sorted((root/"nbs"/folder).glob("[0-9][0-9]_*.ipynb"))]
 
+# %% ../../nbs/tools/85_runner.ipynb #18c0b5c1
 def page_name(
     path:Path, # a notebook
 ) -> str: # such as "paper1/20_training"
     "The name of a notebook: its folder and its stem."
     return f"{path.parent.name}/{path.stem}"
 
+# %% ../../nbs/tools/85_runner.ipynb #527ad2d0
 def code_of(
     path:Path, # a notebook
 ) -> str: # all its code cells
@@ -50,7 +51,7 @@ def code_of(
 
 # %% ../../nbs/tools/85_runner.ipynb #a90c0002
 WENT = {                                                   # pages that had other names until November 2026
-    "00_core": "foundation/00_core", "01_plots": "foundation/04_plots", "02_models": "foundation/06_models",
+    "00_core": "foundation/00_presets", "01_plots": "foundation/04_plots", "02_models": "foundation/06_models",
     "20_attention": "foundation/08_attention", "03_corpora": "foundation/09_corpora",
     "04_activations": "foundation/10_activations", "05_dictionaries": "foundation/11_dictionaries",
     "07_engine": "foundation/14_engine", "10_fragments": "foundation/17_evidence",
@@ -73,7 +74,8 @@ def fits(
     "Is this one of the notebooks meant?"
     folder, stem = path.parent.name, path.stem
     if wanted in WENT: return f"{folder}/{stem}" == WENT[wanted]
-    return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(wanted if "/" in wanted else f"{folder}/{wanted}")
+    beginning = wanted if "/" in wanted else f"{folder}/{wanted}"
+    return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(beginning)
 
 # %% ../../nbs/tools/85_runner.ipynb #32f7de74
 def choose(
@@ -85,11 +87,11 @@ def choose(
     if only:
         wanted = [o.strip() for o in only.split(",")]
         if missing := [o for o in wanted if not any(fits(q, o) for q in paths)]:
-            raise SparseCodingError(f"No notebook begins with {missing[0]!r}: there are {', '.join(map(page_name, paths))}.")
+            raise SparseCodingError(f"No notebook begins with {missing[0]!r}: {', '.join(map(page_name, paths))} do.")
         paths = [q for q in paths if any(fits(q, o) for o in wanted)]
     if figure:
         paths = [q for q in paths if re.search(rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)', code_of(q))]
-        if not paths: raise SparseCodingError(f"No notebook makes figure {figure} yet: the index is in README.md.")
+        if not paths: raise SparseCodingError(f"No notebook makes figure {figure}: the papers' own numbers are meant, such as 6.")
     return paths
 
 # %% ../../nbs/tools/85_runner.ipynb #a465416b
@@ -114,13 +116,14 @@ class NotebookFailed(SparseCodingError):
     "A notebook stopped before its end."
     exit_status = 1
 
+# %% ../../nbs/tools/85_runner.ipynb #238fdcf9
 def failure(
     path:Path, # of the notebook
     e:Exception, # what nbclient raised
-    nb:NotebookNode, # as far as it was executed
+    nb:nbformat.NotebookNode, # as far as it was executed
 ) -> str: # one line
     "Why a notebook stopped, in one line."
-    if isinstance(e, CellExecutionError):                                      # the kernel's answer does not name an error in a display
+    if isinstance(e, CellExecutionError):                      # the kernel's answer does not name an error in a display
         e = next((o for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"), e)
         reason = f"{e.ename}: {e.evalue.splitlines()[0] if e.evalue else ''}"
     elif isinstance(e, CellTimeoutError): reason = "a cell ran longer than its time limit"
@@ -159,7 +162,8 @@ def execute(
                     extra_arguments=["--log-level=ERROR"],
                     on_cell_complete=lambda cell, cell_index: bar.update())
     try: interruptible(client, {**os.environ, **(env or {})})
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: raise NotebookFailed(failure(path, e, nb)) from e
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
+        raise NotebookFailed(failure(path, e, nb)) from e
     finally:
         bar.close()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +195,10 @@ def estimate(
         sites = list(dict.fromkeys(g[0].site for g in groups))
         harvests.append(estimate_harvest(model, q.n_tokens + q.n_heldout + 64*q.n_fragments, sites, q.row_len))
         parts += [estimate_training(g, model.d_in(g[0].site), q.batch_size, q.steps_at(g[0].site)) for g in groups]
-        trained += sum(32*r.ratio*model.d_in(r.site)**2 for g in groups for r in g)   # matrices and checkpoint: four times both
+        trained += sum(32*r.ratio*model.d_in(r.site)**2 for g in groups for r in g)   # four times both
     weights = sum(w.numel()*w.element_size() for w in model.hf.parameters())
-    return {"start": 40.*len(paths), "harvest": sum(h["seconds"] for h in harvests), "training": sum(e["seconds"] for e in parts),
+    return {"start": 40.*len(paths), "harvest": sum(h["seconds"] for h in harvests),
+            "training": sum(e["seconds"] for e in parts),
             "disk": int(1.25*(sum(h["bytes"] for h in harvests) + weights + trained)),
             "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
@@ -205,7 +210,8 @@ def estimate_line(
     "An estimate in words."
     minutes = sum(cost[k] for k in ("start", "harvest", "training"))/60
     return (f"preset {p.name}: about {max(minutes, 1):.0f} min on this machine if nothing is cached "
-            f"(harvest {cost['harvest']/60:.1f}, training {cost['training']/60:.1f}, the rest starting, measuring and drawing), "
+            f"(harvest {cost['harvest']/60:.1f}, training {cost['training']/60:.1f}, the rest starting, measuring and "
+            "drawing), "
             f"{cost['disk']/1e9:.1f} GB of disk, {cost['memory']/1e9:.1f} GB of memory")
 
 # %% ../../nbs/tools/85_runner.ipynb #f61f21ac
@@ -217,6 +223,7 @@ def done_key(
     library = "".join(f.read_text() for f in sorted((repository()/"sparse_coding").rglob("*.py")))
     return hashlib.sha256((code_of(path) + library + repr(p)).encode()).hexdigest()[:16]
 
+# %% ../../nbs/tools/85_runner.ipynb #b468c551
 def environment(
     p:Preset, # in force
     out:Path, # folder of the run
