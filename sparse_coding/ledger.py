@@ -200,9 +200,10 @@ def tally(
     return (f"Of {len(rows)} claims {n['holds']} hold, {n['partly']} hold in part and {n['does not hold']} do not; "
             f"{n['not comparable']} are not comparable, {n['not measured']} not measured.")
 
-# %% ../nbs/foundation/05_ledger.ipynb #1bc8c5b5
+# %% ../nbs/foundation/05_ledger.ipynb #05a0b001
 MARKERS = "<!-- claims: written by `sparse-coding report --write` -->", "<!-- end of claims -->"
 
+# %% ../nbs/foundation/05_ledger.ipynb #1bc8c5b5
 def write_claims(
     rows:list[dict], # from `report`
     readme:Path, # a file with the two MARKERS, which receives the tally

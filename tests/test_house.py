@@ -112,3 +112,11 @@ def test_every_claim_is_recorded_by_its_page():
     code = {name(p): "\n".join(map(source, cells(p))) for p in NOTEBOOKS}
     for c in claims().values():
         assert f'"{c.id}"' in code[c.page], f"{c.page} does not record {c.id}"
+
+
+def test_the_library_door_of_readme_opens():
+    "The lines that README shows to users of the library run as they stand."
+    code = re.search(r"```python\n(.*?)```", (ROOT/"README.md").read_text(encoding="utf-8"), re.S)[1]
+    scope = {}
+    exec(code, scope)
+    assert (scope["sae"].encode(scope["x"]) > 0).any()

@@ -12,7 +12,7 @@ def run(*args, **env): return subprocess.run([*RUN, *args], capture_output=True,
 
 @pytest.mark.parametrize("args, sentence", [
     (["estimate", "--preset", "huge"], "Unknown preset 'huge'"),
-    (["reproduce", "--only", "77"], "No notebook begins with '77'"),
+    (["reproduce", "--only", "77"], "begins with '77'"),
     (["estimate", "--set", "alphas=[-1]"], "negative"),
     (["estimate", "--set", "drop=1"], "no field 'drop'"),
     (["estimate", "--layers", "nine"], "--layers takes numbers"),

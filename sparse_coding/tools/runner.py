@@ -91,7 +91,7 @@ def choose(
         paths = [q for q in paths if any(fits(q, o) for o in wanted)]
     if figure:
         paths = [q for q in paths if re.search(rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)', code_of(q))]
-        if not paths: raise SparseCodingError(f"No notebook makes figure {figure}: the papers' own numbers are meant, such as 6.")
+        if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
 # %% ../../nbs/tools/85_runner.ipynb #a465416b

@@ -1,19 +1,19 @@
-"""The core where a notebook page would be too dull: processes that die or race, archives that are wrong, folders that cannot be written."""
-import json, os, shutil, signal, subprocess, sys, time
+"""Runs, assets and ledger where a notebook page would be too dull: processes that die or race, archives that are wrong, folders that cannot be written."""
+import importlib, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
-from sparse_coding import core
+from sparse_coding import runs
 from sparse_coding.presets import SparseCodingError, preset
-from sparse_coding.runs import load_or_compute
-from sparse_coding.assets import fetch
-from sparse_coding.ledger import record, report, verdict
+from sparse_coding.runs import cache_dir, code_hash, sha256
+from sparse_coding.assets import WHEELS, fetch
+from sparse_coding.ledger import claims, record, report
 
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from sparse_coding.core import load_or_compute
+from sparse_coding.runs import load_or_compute
 def compute(folder):
     with open(Path(os.environ["LOG"]), "a") as f: f.write("start\\n")
     for i in range(20):
@@ -57,21 +57,21 @@ def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(own_cache, tmp
     stick = tmp_path/"stick"; stick.mkdir()
     shutil.copy(good, stick)
     good.write_bytes(good.read_bytes()[:1000])
-    assert core.sha256(fetch("chatterbot", source=stick)) == core.WHEELS["chatterbot"][1]
+    assert sha256(fetch("chatterbot", source=stick)) == WHEELS["chatterbot"][1]
     next(stick.glob("*.whl")).write_bytes(good.read_bytes()[:-10] + b"0123456789")
     fetch("chatterbot").unlink()
     with pytest.raises(SparseCodingError, match="hash is not the pinned one"): fetch("chatterbot", source=stick)
 
 
 def test_without_pip_there_is_one_clear_sentence(own_cache, monkeypatch):
-    monkeypatch.setattr(core.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SparseCodingError, match="no pip"): fetch("chatterbot")
 
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path/"file").write_text("in the way")
     monkeypatch.setenv("SPARSE_CODING_CACHE", str(tmp_path/"file"/"cache"))
-    with pytest.raises(SparseCodingError, match="SPARSE_CODING_CACHE"): core.cache_dir()
+    with pytest.raises(SparseCodingError, match="SPARSE_CODING_CACHE"): cache_dir()
 
 
 def test_unknown_preset_is_refused(monkeypatch):
@@ -89,13 +89,29 @@ def test_the_hash_of_code_follows_helpers_methods_and_constants(tmp_path, monkey
     hashes = {}
     for name,text in variants.items():
         path = tmp_path/f"{name}.py"; path.write_text(text)
-        spec = core.importlib.util.spec_from_file_location(f"sparse_coding.{name}", path)
-        module = core.importlib.util.module_from_spec(spec); sys.modules[spec.name] = module
+        spec = importlib.util.spec_from_file_location(f"sparse_coding.{name}", path)
+        module = importlib.util.module_from_spec(spec); sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        hashes[name] = core.code_hash(module.job)
+        hashes[name] = code_hash(module.job)
         del sys.modules[spec.name]
     assert hashes["same"] == hashes["base"]
     assert len(set(hashes.values())) == 4
+
+
+def test_two_helpers_of_one_name_are_both_hashed_and_moving_changes_nothing(tmp_path):
+    "A function that calls helpers of the same name from two modules sees both; the modules' own names do not count."
+    def load(name, text, **scope):
+        path = tmp_path/f"{name}.py"; path.write_text(text)
+        spec = importlib.util.spec_from_file_location(f"sparse_coding.{name}", path)
+        module = importlib.util.module_from_spec(spec); vars(module).update(scope)
+        spec.loader.exec_module(module)
+        return module
+    def job(first, second, names=("a", "b", "c")):
+        one, two = load(names[0], f"def helper(x): return x + {first}\n"), load(names[1], f"def helper(x): return x*{second}\n")
+        user = load(names[2], "def other(x): return two(x)\ndef job(x): return one(x) + other(x)\n", one=one.helper, two=two.helper)
+        return code_hash(user.job)
+    assert job(1, 2) != job(3, 2) and job(1, 2) != job(1, 3)
+    assert job(1, 2) == job(1, 2, names=("moved", "elsewhere", "here"))
 
 
 def test_records_keep_each_other_and_verdicts_follow(tmp_path, monkeypatch):
@@ -116,5 +132,5 @@ def test_records_keep_each_other_and_verdicts_follow(tmp_path, monkeypatch):
     (.5, 4e-7, "medium"), (1.05, 4e-7, "medium"), (1.3, 4e-7, "highest"), (.2, 3e-3, "highest")])
 def test_the_product_is_chosen_by_accuracy_and_not_by_a_busy_moment(monkeypatch, medium, error, choice):
     "Twice as fast; about equal; clearly slower; fast because it is bfloat16."
-    monkeypatch.setattr(core, "probe_matmul", lambda: {"highest": (1., 3e-7), "high": (1., 3e-7), "medium": (medium, error)})
-    assert core.best_matmul.__wrapped__() == choice
+    monkeypatch.setattr(runs, "probe_matmul", lambda: {"highest": (1., 3e-7), "high": (1., 3e-7), "medium": (medium, error)})
+    assert runs.best_matmul.__wrapped__() == choice
