@@ -7,18 +7,13 @@ __all__ = ['BYTES', 'batch_rows', 'relative_error', 'harvest', 'ActivationStore'
            'batches']
 
 # %% ../nbs/foundation/10_activations.ipynb #29fdab12
-import errno
-import os
-import shutil
-import time
-import warnings
+import errno, os, shutil, time, warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-# %% ../nbs/foundation/10_activations.ipynb #7da67a98
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -29,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/foundation/10_activations.ipynb #194e502a
 from .presets import Site, SparseCodingError
 from .runs import cache_dir, fast_matmul, load_or_compute, read_json, sha256, write_json
 from .models import LanguageModel, load_model
@@ -62,7 +56,8 @@ def _plan(model, rows, sites, dtype="float16", compute="float32", n_batch=None, 
     n_batch = n_batch or batch_rows(model, rows.row_len)
     batch_bytes = n_batch*rows.row_len*sum(BYTES[dtype]*d + 4 for d in widths.values())
     return dict(format=1, model=model.fingerprint, rows=rows.fingerprint, n_rows=len(rows), row_len=rows.row_len,
-                sites=widths, dtype=dtype, compute=compute, batch_rows=n_batch, shard_rows=n_batch*max(1, shard_bytes//batch_bytes))
+                sites=widths, dtype=dtype, compute=compute, batch_rows=n_batch,
+                shard_rows=n_batch*max(1, shard_bytes//batch_bytes))
 
 # %% ../nbs/foundation/10_activations.ipynb #ff2cdbe0
 def _norms(
@@ -299,7 +294,8 @@ def check(self:ActivationStore,
     "Raises if the store was made with another model or tokenizer."
     if model.fingerprint == self.meta["model"]: return self
     raise SparseCodingError(f"The store {self.folder} was made with {self.meta['model_name']} ({self.meta['model']}), "
-                            f"not with {model.name} ({model.fingerprint}): load that model, or harvest again with this one.")
+                            f"not with {model.name} ({model.fingerprint}): load that model, or harvest again with this "
+                            "one.")
 
 # %% ../nbs/foundation/10_activations.ipynb #be2195d2
 @patch
@@ -388,7 +384,8 @@ def dropped(self:ActivationStore,
     "What the dropping rule leaves out: position 0, tokens too long, and which."
     seen, long, first = _drop_counts(self, site)
     show = lambda t: tokenizer.decode([t]) if tokenizer else t
-    def line(what, n, of): return {"dropped": what, "count": int(n), "of all": n/self.n, "of its kind": float(n/max(of, 1))}
+    def line(what, n, of):
+        return {"dropped": what, "count": int(n), "of all": n/self.n, "of its kind": float(n/max(of, 1))}
     ids = [int(t) for t in np.argsort(-long, kind="stable")[:top] if long[t]]
     kinds = [line("position 0", first, self.n//self.row_len), line("too long, elsewhere", long.sum(), seen.sum())]
     return kinds + [line(show(t), long[t], seen[t]) for t in ids]

@@ -32,8 +32,8 @@ class Attended:
     scale: float # scores are scale * q.k
 
     @property
-    def z(self) -> Float[Tensor, "batch dst d_in"]: return torch.einsum("bhds,bshe->bdhe", self.pattern,
-        self.v).flatten(2)
+    def z(self) -> Float[Tensor, "batch dst d_in"]:
+        return torch.einsum("bhds,bshe->bdhe", self.pattern, self.v).flatten(2)
 
 # %% ../nbs/foundation/08_attention.ipynb #1e7476d5
 class _Seen(Exception):
@@ -46,8 +46,8 @@ def _watched(module, q, k, v, mask, scaling=None, seen=None, last=None, **kwargs
     scale, n = q.shape[-1]**-.5 if scaling is None else scaling, q.shape[2]
     future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
     pattern = (scale*q @ k.transpose(-1, -2)).masked_fill(future, float("-inf")).softmax(-1)
-    if module.layer_idx in seen: seen[module.layer_idx] = Attended(pattern, *(t.transpose(1, 2) for t in (q, k, v)),
-        scale)
+    if module.layer_idx in seen:
+        seen[module.layer_idx] = Attended(pattern, *(t.transpose(1, 2) for t in (q, k, v)), scale)
     if module.layer_idx == last: raise _Seen
     return (pattern @ v).transpose(1, 2), None
 
@@ -121,8 +121,8 @@ class FrozenNorm:
     scale: Float[Tensor, "batch seq 1"]
     centred: bool # a LayerNorm takes the mean away first
 
-    def __call__(self, x): return self.gain*(x - x.mean(-1, keepdim=True) if self.centred
-                                             else x)/self.scale + self.shift
+    def __call__(self, x):
+        return self.gain*(x - x.mean(-1, keepdim=True) if self.centred else x)/self.scale + self.shift
 
 # %% ../nbs/foundation/08_attention.ipynb #821e8da4
 def freeze_norm(
@@ -131,8 +131,9 @@ def freeze_norm(
 ) -> FrozenNorm:
     "The norm as a linear map that agrees with it on x."
     centred, eps = isinstance(norm, nn.LayerNorm), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if eps is None: raise SparseCodingError(f"{type(norm).__name__} is no norm that we can hold fixed: it has neither "
-                                            f"eps nor variance_epsilon.")
+    if eps is None:
+        raise SparseCodingError(f"{type(norm).__name__} is no norm that we can hold fixed: it has neither "
+                                f"eps nor variance_epsilon.")
     y = x - x.mean(-1, keepdim=True) if centred else x
     gain = norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight
     shift = norm.bias if getattr(norm, "bias", None) is not None else torch.zeros_like(gain)

@@ -7,10 +7,7 @@ __all__ = ['SUFFIXES', 'GLYPHS', 'Document', 'encyclopedia', 'code', 'conversati
            'Rows', 'load_rows', 'readable', 'row_texts', 'token_texts']
 
 # %% ../nbs/foundation/09_corpora.ipynb #214a548f
-import hashlib
-import json
-import re
-import zipfile
+import hashlib, json, re, zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

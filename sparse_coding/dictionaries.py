@@ -10,7 +10,6 @@ __all__ = ['TENSORS', 'unit_rows', 'Dictionary', 'TiedSAE', 'UntiedSAE', 'TopKSA
 
 # %% ../nbs/foundation/11_dictionaries.ipynb #24bd7b28
 import copy
-import re
 from collections.abc import Iterable
 from pathlib import Path
 import torch

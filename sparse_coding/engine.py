@@ -74,7 +74,8 @@ def adam(
     "Adam as torch has it, fused."
     opt = torch.optim.Adam(sae.parameters(), lr, betas, fused=True)
     for q in sae.parameters():
-        opt.state[q] = {"step": torch.zeros((), device=q.device), "exp_avg": torch.zeros_like(q), "exp_avg_sq": torch.zeros_like(q)}
+        opt.state[q] = {"step": torch.zeros((), device=q.device), "exp_avg": torch.zeros_like(q),
+                        "exp_avg_sq": torch.zeros_like(q)}
     return opt
 
 # %% ../nbs/foundation/14_engine.ipynb #217670d1
@@ -83,10 +84,8 @@ kernel = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 # %% ../nbs/foundation/14_engine.ipynb #66ba3d19
 @kernel
 def add_rows(
-    out, # vector, added to
-    weights, # one per term
-    rows, # matrix
-    which, # row of each term
+    out, weights, # vector, added to; one weight per term
+    rows, which, # matrix, and the row of each term
 ):
     "out += sum over n of weights[n] * rows[which[n]]."
     last = len(weights)//4*4
@@ -100,12 +99,7 @@ def add_rows(
 
 # %% ../nbs/foundation/14_engine.ipynb #d18681b6
 @kernel
-def dot_rows(
-    out, # vector, one entry per product, overwritten
-    v, # vector
-    rows, # matrix
-    which, # row of each product
-):
+def dot_rows(out, v, rows, which): # as above, but `out` is overwritten
     "out[n] = v . rows[which[n]]."
     last = len(out)//4*4
     for n in range(0, last, 4):
@@ -124,8 +118,7 @@ def dot_rows(
 def select(
     a, # [rows, d_sae] pre-activations
     n, # entries in the list so far
-    begin, end, # per row: where its entries lie, filled in
-    idx, c, # the list: feature and code, filled in
+    begin, end, idx, c, # filled in: where the entries of each row lie; feature and code of each entry
 ) -> int: # entries in the list, or -1 where it is too short
     "Append the entries of each row that are positive, or not a number, to a list."
     for i in range(len(a)):
@@ -140,10 +133,10 @@ def select(
 # %% ../nbs/foundation/14_engine.ipynb #15294395
 BFLOAT16_ERROR = .006                                          # of |x| |E_j|, at most
 
+# %% ../nbs/foundation/14_engine.ipynb #7437eeaa
 @kernel
 def screen(
-    a, # [rows, d_sae] bits of products in bfloat16
-    x, # [rows, d_in] inputs of the encoder
+    a, x, # [rows, d_sae] bits of products in bfloat16; [rows, d_in] inputs of the encoder
     E, b, # [d_sae, d_in] and [d_sae] encoder
     reach, # [d_sae] error of a product, per unit of |x|
     n, # entries in the list so far
@@ -175,8 +168,7 @@ def errors(
     D, # [d_sae, d_in] unit features
     alpha, # float32
     begin, end, idx, c, # active entries, from `select`
-    delta, # per entry, filled in
-    g, sse, # [batch, d_in] and [batch], filled in
+    delta, g, sse, # filled in: per entry, [batch, d_in] and [batch]
 ):
     "Gradient with respect to reconstructions and pre-activations, and squared errors."
     B = np.float32(len(y))
@@ -197,8 +189,7 @@ def by_feature(
     lo, hi, # rows of the batch
     begin, end, idx, c, delta, # active entries by row
     first, # [d_sae + 1], filled in: where each feature's entries begin
-    row, fc, fdelta, # the list by feature, filled in
-    db, # [d_sae] sums of delta, filled in
+    row, fc, fdelta, db, # filled in: the list by feature, and [d_sae] sums of delta
 ):
     "Sort the active entries by feature (a counting sort)."
     first[:], db[:] = 0, 0
@@ -224,6 +215,7 @@ def adam_constants(
     b1, b2 = betas
     return np.array([1 - b1, b2, 1 - b2, lr/(1 - b1**t), (1 - b2**t)**-.5, eps], dtype=np.float32)
 
+# %% ../nbs/foundation/14_engine.ipynb #06e77d98
 @kernel
 def adam_row(
     q, G, m, v, # vectors: parameters, gradient, moments
@@ -241,8 +233,7 @@ def columns(
     lo, hi, # features
     lists, # per thread: first, row, fc, fdelta from `by_feature`
     g, u, # [batch, d_in] gradients of reconstructions, inputs of the encoder
-    M, m, v, # [d_sae, d_in] weights and moments
-    D, # [d_sae, d_in] unit features: M itself where it is kept at length one
+    M, m, v, D, # [d_sae, d_in] weights, moments, unit features (M itself where it is kept at length one)
     length, # [d_sae] of the rows of M; empty where M is kept at length one
     E, mE, vE, # [d_sae, d_in] encoder; empty where it is D
     k, # from `adam_constants`
@@ -261,11 +252,8 @@ def columns(
 # %% ../nbs/foundation/14_engine.ipynb #06c1cebd
 @kernel
 def step_row(
-    j, # feature
-    G, # its gradient, overwritten
-    M, m, v, # [d_sae, d_in] weights and moments
-    D, length, # as in `columns`
-    k, # from `adam_constants`
+    j, G, # feature, and its gradient, overwritten
+    M, m, v, D, length, k, # as in `columns`
 ):
     "Project the gradient, step, and where M is kept at length one, divide by the length."
     radial, square, free = np.float32(0), np.float32(0), len(length) > 0
@@ -289,10 +277,11 @@ class Learner:
     ):
         self.sae, self.alpha, self.lr, self.betas, self.frozen_step = sae, alpha, lr, betas, frozen_step
         self.tied = isinstance(sae, TiedSAE)
-        if not self.tied: sae.W_enc.data = sae.W_enc.data.T.contiguous().T        # one feature after the other in memory
+        if not self.tied: sae.W_enc.data = sae.W_enc.data.T.contiguous().T  # feature after feature in memory
         self.opt = adam(sae, lr, betas)
         self.fired, self.density = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.M.device), 1.
 
+# %% ../nbs/foundation/14_engine.ipynb #dee44d95
 @patch
 def note(self:Learner,
     counts, # [d_sae] on how many activations each feature was active
@@ -311,6 +300,7 @@ def begin_step(self:Learner) -> int: # the number of this step that Adam's bias 
         for c in clocks: c.zero_()
     return int(clocks[0]) + 1
 
+# %% ../nbs/foundation/14_engine.ipynb #0f215468
 @patch
 def dense_step(self:Learner,
     x:Float[Tensor, "batch d_in"], # activations
@@ -336,6 +326,7 @@ class Settings:
     screen_below: float = 0. # share of active pairs below which the encoder's product is screened in bfloat16; 0: never
     block: int = 512 # activations encoded together
 
+# %% ../nbs/foundation/14_engine.ipynb #8dc73b4a
 @cache
 def screening_pays() -> bool: # found out once per process
     "Is the bfloat16 product at least half as fast again as the float32 one on this machine?"
@@ -347,6 +338,7 @@ def screening_pays() -> bool: # found out once per process
             seconds[kind] = min(time.perf_counter() - start, seconds.get(kind, 1.))
     return seconds[torch.float32] > 1.5*seconds[torch.bfloat16]
 
+# %% ../nbs/foundation/14_engine.ipynb #9408eca7
 def settings() -> Settings:
     "The fastest accurate settings on this machine."
     return Settings(best_matmul(), torch.get_num_threads(), screen_below=.06 if screening_pays() else 0.)
@@ -372,9 +364,11 @@ class Lists:
     ):
         self.idx, self.row = np.empty(room, np.int32), np.empty(room, np.int32)
         self.c, self.delta, self.fc, self.fdelta = (np.empty(room, np.float32) for _ in range(4))
-        self.first, self.db, self.a = np.zeros(d_sae + 1, np.int64), np.zeros(d_sae, np.float32), torch.empty(block*d_sae)
-        self.rough = self.a.view(torch.bfloat16)[:block*d_sae]                     # the same memory, never needed at the same time
+        self.first, self.db, self.a = (np.zeros(d_sae + 1, np.int64), np.zeros(d_sae, np.float32),
+                                       torch.empty(block*d_sae))
+        self.rough = self.a.view(torch.bfloat16)[:block*d_sae]      # the same memory, never needed at the same time
 
+# %% ../nbs/foundation/14_engine.ipynb #2d2767d7
 class Engine:
     "Several dictionaries that learn from the same batches."
     def __init__(self,
@@ -385,7 +379,8 @@ class Engine:
         frozen_step:bool=False, # the released code's Adam
         setting:Settings=None, # of the run that is continued; the fastest if not given
     ):
-        if len(saes) != len(alphas): raise SparseCodingError(f"{len(saes)} dictionaries need as many alphas, not {len(alphas)}.")
+        if len(saes) != len(alphas):
+            raise SparseCodingError(f"{len(saes)} dictionaries need as many alphas, not {len(alphas)}.")
         self.setting = setting or settings()
         self.learners = [Learner(s, a, lr, betas, frozen_step) for s,a in zip(saes, alphas)]
         self.pool, self.lists, self.size = None, [], None
@@ -403,8 +398,10 @@ def prepare(self:Engine,
     room = int(1.25*s.dense_above*d_sae*(batch//s.threads + 1)) + d_sae
     self.lists = [Lists(room, s.block, d_sae) for _ in range(s.threads)]
     self.begin, self.end = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-    self.g, self.sse, self.size = torch.empty(batch, self.learners[0].sae.d_in).numpy(), np.empty(batch, np.float32), batch
+    self.g, self.sse, self.size = (torch.empty(batch, self.learners[0].sae.d_in).numpy(),
+                                   np.empty(batch, np.float32), batch)
 
+# %% ../nbs/foundation/14_engine.ipynb #57985d59
 @patch
 def side_by_side(self:Engine,
     f, # called with 0, 1, ... one per thread
@@ -424,6 +421,7 @@ class Task:
     rough: Tensor|None # E in bfloat16, where the product is screened
     reach: Tensor|None # error of the rough product, per unit of |u|
 
+# %% ../nbs/foundation/14_engine.ipynb #c9413445
 @patch
 def list_active(self:Engine,
     w:Lists, # where to
@@ -435,15 +433,15 @@ def list_active(self:Engine,
     b, sae, size, at = k.learner.sae.b_enc.detach(), k.learner.sae, (j - i)*len(k.E), (self.begin[i:j], self.end[i:j])
     if k.rough is not None:
         a = torch.mm(k.u[i:j].bfloat16(), k.rough.T, out=w.rough[:size].view(j - i, len(k.E)))
-        return screen(a.view(torch.uint16).numpy(), k.u[i:j].numpy(), k.E.numpy(), b.numpy(), k.reach.numpy(), n, *at, w.idx, w.c)
+        return screen(a.view(torch.uint16).numpy(), k.u[i:j].numpy(), k.E.numpy(), b.numpy(), k.reach.numpy(), n,
+                      *at, w.idx, w.c)
     a = torch.addmm(b, k.u[i:j], k.E.T, out=w.a[:size].view(j - i, len(k.E)))
     return select((sae.act(a) if isinstance(sae, TopKSAE) else a).numpy(), n, *at, w.idx, w.c)
 
 # %% ../nbs/foundation/14_engine.ipynb #6d2ec8f1
 @patch
 def rows_pass(self:Engine,
-    t:int, # number of the thread
-    k:Task, # of this step
+    t:int, k:Task, # number of the thread, and what it has to know
 ) -> int: # entries in the list, or -1
     "Codes, errors and their gradients for one thread's share of the batch."
     w, n, d_sae, (lo, hi) = self.lists[t], 0, len(k.D), self.cuts[t:t+2]
@@ -451,8 +449,10 @@ def rows_pass(self:Engine,
         j = min(i + self.setting.block, hi)
         n = self.list_active(w, k, i, j, n)
         if n < 0: return n
-        errors(i, j, k.y.numpy(), k.D.numpy(), np.float32(k.learner.alpha), self.begin, self.end, w.idx, w.c, w.delta, self.g, self.sse)
-    by_feature(lo, hi, self.begin, self.end, w.idx, w.c, w.delta, w.first[:d_sae+1], w.row, w.fc, w.fdelta, w.db[:d_sae])
+        errors(i, j, k.y.numpy(), k.D.numpy(), np.float32(k.learner.alpha), self.begin, self.end, w.idx, w.c, w.delta,
+               self.g, self.sse)
+    by_feature(lo, hi, self.begin, self.end, w.idx, w.c, w.delta, w.first[:d_sae+1], w.row, w.fc, w.fdelta,
+               w.db[:d_sae])
     return n
 
 # %% ../nbs/foundation/14_engine.ipynb #caed9391
@@ -463,6 +463,7 @@ def moments(self:Learner,
     "What Adam changes, as arrays that share memory with the tensors."
     return [a.detach().numpy() for a in (q, self.opt.state[q]["exp_avg"], self.opt.state[q]["exp_avg_sq"])]
 
+# %% ../nbs/foundation/14_engine.ipynb #8d1b2f77
 @patch
 def columns_pass(self:Engine,
     task:Task, # of this step
@@ -476,8 +477,8 @@ def columns_pass(self:Engine,
     lists = tuple((w.first, w.row, w.fc, w.fdelta) for w in self.lists)
     work = np.cumsum(counts + 4)                                # a feature costs about four entries by itself
     cuts = [0, *np.searchsorted(work, work[-1]*np.arange(1, len(lists))/len(lists)), sae.d_sae]
-    self.side_by_side(lambda t: columns(cuts[t], cuts[t+1], lists, self.g, task.u.numpy(), *l.moments(sae.M), task.D.numpy(),
-                                        length, *encoder, k))
+    self.side_by_side(lambda t: columns(cuts[t], cuts[t+1], lists, self.g, task.u.numpy(), *l.moments(sae.M),
+                                        task.D.numpy(), length, *encoder, k))
 
 # %% ../nbs/foundation/14_engine.ipynb #b2ac6e96
 @patch
@@ -491,7 +492,8 @@ def task(self:Engine,
     D = sae.W_dec.detach()
     E = D if l.tied else sae.W_enc.detach().T
     screened = l.density < self.setting.screen_below and not isinstance(sae, TopKSAE)
-    return Task(l, y, y if sae.pre_bias else x, D, E, *((E.bfloat16(), BFLOAT16_ERROR*E.norm(dim=-1)) if screened else (None, None)))
+    return Task(l, y, y if sae.pre_bias else x, D, E,
+                *((E.bfloat16(), BFLOAT16_ERROR*E.norm(dim=-1)) if screened else (None, None)))
 
 # %% ../nbs/foundation/14_engine.ipynb #4abad856
 @patch
@@ -523,8 +525,9 @@ def step(self:Engine,
     x:Float[Tensor, "batch d_in"], # scaled activations
 ) -> list[dict]: # loss, error and l0 of each dictionary on this batch
     "One step of every dictionary, each the way that is faster for it."
-    lists_pay = lambda l: l.density < self.setting.dense_above and x.device.type == "cpu" and l.sae.M.dtype == torch.float32
-    with matmul_precision(self.setting.matmul if x.device.type == "cpu" else "highest"):      # a GPU would take the others for less precision
+    lists_pay = lambda l: (l.density < self.setting.dense_above and x.device.type == "cpu"
+                           and l.sae.M.dtype == torch.float32)
+    with matmul_precision(self.setting.matmul if x.device.type == "cpu" else "highest"):   # a GPU would lose precision
         return [lists_pay(l) and self.sparse_step(l, x) or l.dense_step(x) for l in self.learners]
 
 # %% ../nbs/foundation/14_engine.ipynb #1b8e9482
@@ -537,6 +540,7 @@ class Resampling:
     batches: int = 100 # that the new directions are drawn from
     scale: float = .2 # length of a new encoder row, relative to those of the living
 
+# %% ../nbs/foundation/14_engine.ipynb #10142343
 def draw_badly_reconstructed(
     sae:Dictionary, # as trained so far
     batches, # of activations
@@ -547,7 +551,8 @@ def draw_badly_reconstructed(
     kept, keys = torch.empty(0, sae.d_in), torch.empty(0)
     for x in batches:
         weight = (x - sae(x)).pow(2).sum(-1).cpu().square()
-        kept, keys = torch.cat([kept, x.cpu()]), torch.cat([keys, torch.empty(len(x)).exponential_(generator=generator)/weight])
+        kept, keys = (torch.cat([kept, x.cpu()]),
+                      torch.cat([keys, torch.empty(len(x)).exponential_(generator=generator)/weight]))
         keys, order = keys.topk(min(n, len(keys)), largest=False)
         kept = kept[order]
     return kept
@@ -563,7 +568,8 @@ def resample(self:Learner,
     "Point features that have not fired since the last count at activations that are reconstructed badly."
     sae, dead = self.sae, (self.fired == 0).nonzero()[:, 0]
     if len(dead) == 0: return 0
-    x = draw_badly_reconstructed(sae, batches, len(dead), generator or torch.Generator().manual_seed(0)).to(sae.M.device)
+    x = draw_badly_reconstructed(sae, batches, len(dead),
+                                 generator or torch.Generator().manual_seed(0)).to(sae.M.device)
     dead, new = dead[:len(x)], unit_rows(x - sae.b_dec)
     usual = lambda rows: rows[self.fired > 0].norm(dim=-1).mean() if self.fired.any() else 1.
     sae.M[dead], sae.b_enc[dead] = new*usual(sae.M), 0.
@@ -572,6 +578,7 @@ def resample(self:Learner,
     for moment in (*past["M"], *past["b_enc"], *(m.T for m in past.get("W_enc", ()))): moment[dead] = 0
     return len(dead)
 
+# %% ../nbs/foundation/14_engine.ipynb #2dadccf8
 @patch
 def count_anew(self:Engine):
     "Forget who has fired so far."
@@ -588,6 +595,7 @@ def tensors(self:Engine) -> dict[str, Tensor]: # by dictionary and name
             found |= {f"{i}.{name}": q.detach()} | {f"{i}.{name}.{m}": v for m,v in l.opt.state[q].items()}
     return found
 
+# %% ../nbs/foundation/14_engine.ipynb #1d22fc8d
 @patch
 @torch.no_grad()
 def load(self:Engine,
@@ -596,6 +604,7 @@ def load(self:Engine,
     "Go back to where `tensors` was called."
     own = self.tensors()
     if own.keys() != found.keys() or any(own[k].shape != found[k].shape for k in own):
-        raise SparseCodingError("The checkpoint is of other dictionaries than those to be trained: train them into a new folder.")
+        raise SparseCodingError("The checkpoint is of other dictionaries than those to be trained: "
+                                "train them into a new folder.")
     for key,v in own.items(): v.copy_(found[key])
     for i,l in enumerate(self.learners): l.density = float(found[f"{i}.density"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRAGMENT', 'fragments', 'FragmentStore', 'fragment_store', 'Examples', 'Collector', 'collect', 'fingerprint',
-           'evidence', 'Evidence', 'printable', 'around', 'draw_examples', 'ev_correlation_score', 'Judge', 'scores',
-           'first_usable', 'Shuffled']
+           'evidence', 'Evidence', 'printable', 'around', 'draw_examples', 'ev_correlation_score', 'Judge',
+           'three_scores', 'scores', 'first_usable', 'Shuffled']
 
 # %% ../nbs/foundation/17_evidence.ipynb #51727499
 import hashlib, json, re
@@ -46,9 +46,9 @@ def fragments(
 
 # %% ../nbs/foundation/17_evidence.ipynb #c16ea2ab
 class FragmentStore(ActivationStore):
-    "Activations of fragments; beside what the study drops, the mark at the end of a document does not count."
+    "Activations of fragments; beside what the study drops, end-of-text tokens do not count."
     def __init__(self, folder:Path, # as written by `harvest`
-                 eot_id:int, # the mark
+                 eot_id:int, # the end-of-text token
                  **rule): # drop_first, max_norm
         super().__init__(folder, **rule)
         self.eot_id = eot_id
@@ -200,6 +200,7 @@ def _halved(t):
     "Activations in float16, where that can hold them."
     return t.half() if t.is_floating_point() and t.ndim == 3 and t.abs().max() < 65_000 else t
 
+# %% ../nbs/foundation/17_evidence.ipynb #2620a3b9
 def evidence(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -236,10 +237,17 @@ class Evidence:
     @cached_property
     def usable(self): return self.n_fragments >= len(self.found["top_ids"])
 
-    def examples(self, kind, feature, which=slice(None)):
-        ids, acts = (self.found[f"{kind}_{k}"] for k in ("ids", "acts"))
-        ids = (ids[which] if ids.ndim == 1 else ids[which, feature]).numpy()
-        return Examples(ids, np.asarray(self.tokens[ids]), acts[which, feature].float().numpy(), self.keep[ids])
+# %% ../nbs/foundation/17_evidence.ipynb #15871723
+@patch
+def examples(self:Evidence,
+    kind:str, # "top", "random" or "uniform"
+    feature:int, # in the order of the dictionary
+    which=slice(None), # of the fragments kept; all of them if not given
+) -> Examples:
+    "Fragments that were kept for a feature."
+    ids, acts = (self.found[f"{kind}_{k}"] for k in ("ids", "acts"))
+    ids = (ids[which] if ids.ndim == 1 else ids[which, feature]).numpy()
+    return Examples(ids, np.asarray(self.tokens[ids]), acts[which, feature].float().numpy(), self.keep[ids])
 
 # %% ../nbs/foundation/17_evidence.ipynb #591ff8c0
 @patch
@@ -293,6 +301,17 @@ def around(
         else: break
     return a, b
 
+# %% ../nbs/foundation/17_evidence.ipynb #43d4d9d4
+def _draw_line(ax, row, texts, shares):
+    "Tokens as text on one line, each shaded by its share of the strongest activation."
+    x = 0
+    for text,share in zip(texts, shares):
+        alpha = .75*max(float(share), 0)
+        ax.add_patch(plt.Rectangle((x, row - .42), len(text), .84, color=COLORS["sae"], alpha=alpha, lw=0))
+        for k,char in enumerate(text):
+            ax.text(x + k + .5, row, char, family="DejaVu Sans Mono", fontsize=6.8, ha="center", va="center")
+        x += len(text)
+
 # %% ../nbs/foundation/17_evidence.ipynb #b722941e
 def draw_examples(
     ax:plt.Axes, # to be filled
@@ -305,13 +324,7 @@ def draw_examples(
     for row,(tokens,acts) in enumerate(zip(examples.tokens, examples.acts)):
         texts = [printable(t) for t in model.str_tokens(tokens)]
         a, b = around([len(t) for t in texts], int(acts.argmax()), width)
-        x = 0
-        for text,act in zip(texts[a:b], acts[a:b]):
-            shade = max(float(act), 0)/strongest
-            ax.add_patch(plt.Rectangle((x, row - .42), len(text), .84, color=COLORS["sae"], alpha=.75*shade, lw=0))
-            for k,char in enumerate(text):
-                ax.text(x + k + .5, row, char, family="DejaVu Sans Mono", fontsize=6.8, ha="center", va="center")
-            x += len(text)
+        _draw_line(ax, row, texts[a:b], acts[a:b]/strongest)
     ax.set(xlim=(0, width), ylim=(len(examples) - .4, -.6))
     ax.axis("off")
 
@@ -347,6 +360,17 @@ class Judge(Protocol):
         "Predict activations from explanations and text alone."
         ...
 
+# %% ../nbs/foundation/17_evidence.ipynb #d5de97d2
+def three_scores(
+    guess:Float[np.ndarray, "n seq"], # predicted, strong fragments first
+    top:Examples, # the strong ones
+    random:Examples, # the random ones
+) -> dict[str, float]: # score, top, random
+    "The score on all fragments, on the strong ones alone, and on the random ones alone."
+    n = len(top)
+    return {"score": ev_correlation_score(guess, top + random),
+            "top": ev_correlation_score(guess[:n], top), "random": ev_correlation_score(guess[n:], random)}
+
 # %% ../nbs/foundation/17_evidence.ipynb #3d7373c8
 def scores(
     explainer:Judge, # explains and simulates
@@ -358,12 +382,8 @@ def scores(
     parts = [(found.scored_top(f), found.scored_random(f)) for f in features]
     explanations = explainer.explain([found.shown(f) for f in features])
     guesses = explainer.simulate(explanations, [(top + random).blind() for top,random in parts])
-    rows = []
-    for f,text,guess,(top,random) in zip(features, explanations, guesses, parts):
-        n = len(top)
-        rows.append({"feature": f, "explanation": text, "score": ev_correlation_score(guess, top + random),
-                     "top": ev_correlation_score(guess[:n], top), "random": ev_correlation_score(guess[n:], random)})
-    return rows
+    return [{"feature": f, "explanation": text, **three_scores(guess, top, random)}
+            for f,text,guess,(top,random) in zip(features, explanations, guesses, parts)]
 
 # %% ../nbs/foundation/17_evidence.ipynb #c2b23217
 def first_usable(
@@ -373,6 +393,7 @@ def first_usable(
     "The first features, in the order of the dictionary, that fire in at least 20 fragments."
     return found.usable.nonzero()[:n, 0].tolist()
 
+# %% ../nbs/foundation/17_evidence.ipynb #e42c7a9f
 class Shuffled:
     "A judge that gives every feature its neighbour's explanation: what a score owes to anything else."
     def __init__(self, explainer:Judge): self.explainer, self.name = explainer, f"{explainer.name}, shuffled"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LENGTHS', 'Lexicon', 'looked_up', 'write_lexicon', 'read_lexicon', 'TokenLexicon', 'in_words',
-           'score_by_length', 'plot_lengths', 'predictions', 'ManyLexicons', 'blind_spots', 'plot_gain', 'plot_kinds',
-           'plot_blind_spots']
+           'score_by_length', 'plot_lengths', 'predict', 'predictions', 'ManyLexicons', 'blind_spots', 'plot_gain',
+           'plot_kinds', 'plot_blind_spots']
 
 # %% ../nbs/foundation/18_lexicon.ipynb #68719d9f
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
-from .presets import Preset, SparseCodingError
+from .presets import Preset, Site, SparseCodingError
 from .runs import fast_matmul, load_or_compute
 from .stats import mean_ci
 from .plots import COLORS, plain_log
@@ -41,16 +42,15 @@ def looked_up(
     predicted:Int[np.ndarray, "fragments seq"]=None, # the model's best guess of the next token, for kind "predicted"
 ) -> Int[np.ndarray, "n seq"]: # -1 where there is none
     "The token that a lexicon of some kind looks up at every place."
+    if kind not in KINDS:
+        raise SparseCodingError(f"Unknown kind of lexicon {kind!r}: choose one of {', '.join(KINDS)}.")
     t = examples.tokens.astype(np.int64)
     if kind == "token": return t
-    if kind == "predicted":
-        if predicted is None:
-            raise SparseCodingError("A lexicon of predicted tokens needs what the model predicts: see `predictions`.")
-        return np.asarray(predicted)[examples.ids].astype(np.int64)
     none = np.full((len(t), 1), -1)
     if kind == "previous": return np.hstack([none, t[:, :-1]])
     if kind == "next": return np.hstack([t[:, 1:], none])
-    raise SparseCodingError(f"Unknown kind of lexicon {kind!r}: choose one of {', '.join(KINDS)}.")
+    if predicted is not None: return np.asarray(predicted)[examples.ids].astype(np.int64)
+    raise SparseCodingError("A lexicon of predicted tokens needs what the model predicts: see `predictions`.")
 
 # %% ../nbs/foundation/18_lexicon.ipynb #dbba6c8f
 def write_lexicon(
@@ -133,22 +133,29 @@ def plot_lengths(
 
 # %% ../nbs/foundation/18_lexicon.ipynb #19420de1
 @torch.inference_mode()
+def predict(
+    model:LanguageModel, # under study
+    store:ActivationStore, # of fragments
+    site:Site, # one of its residual streams: where to begin
+) -> Int[np.ndarray, "fragments seq"]:
+    "The token that the model holds most likely next, at every place, run on from stored activations."
+    step, parts = batch_rows(model, store.row_len)*store.row_len, []
+    with fast_matmul(model.device), tqdm(total=store.n, unit="tok", unit_scale=True, desc="predicted tokens",
+                                         leave=False, delay=2) as bar:
+        for a in range(0, store.n, step):
+            x = store.read(site, a, min(a + step, store.n)).view(-1, store.row_len, model.d_model)
+            parts.append(model.run_from(site.layer, x.to(model.device)).argmax(-1).cpu().numpy())
+            bar.update(parts[-1].size)
+    return np.concatenate(parts).astype(np.int32)
+
+# %% ../nbs/foundation/18_lexicon.ipynb #dd56b7e5
 def predictions(
     model:LanguageModel, # under study
     store:ActivationStore, # of fragments
 ) -> Int[np.ndarray, "fragments seq"]:
     "The token that the model holds most likely next, at every place; computed once, from the deepest stored layer on."
     deepest = max(s for s in store.sites if s.kind == "resid_post")
-    step = batch_rows(model, store.row_len)*store.row_len
-    def compute(folder):
-        parts = []
-        with fast_matmul(model.device), tqdm(total=store.n, unit="tok", unit_scale=True, desc="predicted tokens",
-                                             leave=False, delay=2) as bar:
-            for a in range(0, store.n, step):
-                x = store.read(deepest, a, min(a + step, store.n)).view(-1, store.row_len, model.d_model)
-                parts.append(model.run_from(deepest.layer, x.to(model.device)).argmax(-1).cpu().numpy())
-                bar.update(parts[-1].size)
-        np.save(folder/"predicted.npy", np.concatenate(parts).astype(np.int32), allow_pickle=False)
+    def compute(folder): np.save(folder/"predicted.npy", predict(model, store, deepest), allow_pickle=False)
     config = dict(model=model.fingerprint, rows=store.meta["rows"], deepest=str(deepest))
     folder = load_or_compute("predictions", config, compute, code=(LanguageModel.run_from,))
     return np.load(folder/"predicted.npy", allow_pickle=False)
@@ -167,18 +174,22 @@ class ManyLexicons:
         self.spare = [found.spare(f) for f in features]
         self.judges = {k: TokenLexicon(length, k, predicted) for k in kinds}
 
-    def explain(self, shown):
-        "Raises unless it is given the features it was made for."
-        if len(shown) != len(self.spare):
-            raise SparseCodingError(f"Made for {len(self.spare)} features, asked to explain {len(shown)}.")
-        def score(l, spare): return ev_correlation_score(self.simulate([l], [spare.blind()])[0], spare)
-        def best(one, spare):
-            tried = [judge.explain([one])[0] for judge in self.judges.values()]
-            return max(tried, key=lambda l: score(l, spare))
-        return [best(one, spare) for one,spare in zip(shown, self.spare)]
-
     def simulate(self, explanations, blind):
         return [self.judges[l.kind].simulate([l], [e])[0] for l,e in zip(explanations, blind)]
+
+# %% ../nbs/foundation/18_lexicon.ipynb #6c264882
+@patch
+def explain(self:ManyLexicons, shown):
+    "The best kind of lexicon for each feature; raises unless it is given the features it was made for."
+    if len(shown) != len(self.spare):
+        raise SparseCodingError(f"Made for {len(self.spare)} features, asked to explain {len(shown)}.")
+    return [self.best(one, spare) for one,spare in zip(shown, self.spare)]
+
+@patch
+def best(self:ManyLexicons, one, spare):
+    "Of the lexicons of all kinds, written from the fragments `one`, that which predicts the spare ones best."
+    def score(l): return ev_correlation_score(self.simulate([l], [spare.blind()])[0], spare)
+    return max((judge.explain([one])[0] for judge in self.judges.values()), key=score)
 
 # %% ../nbs/foundation/18_lexicon.ipynb #001d85b3
 def blind_spots(
@@ -187,10 +198,10 @@ def blind_spots(
     found:Evidence, # of a dictionary
     predicted:Int[np.ndarray, "fragments seq"], # from `predictions`
     n:int=150, # features
-) -> list[dict]: # feature, the kind chosen, score with the current token, with the best of two and of four kinds
+) -> list[dict]: # feature, the kind chosen, score with the current token, with the best of three and of four kinds
     "What lexicons that look elsewhere add to those of the current token."
     features = first_usable(found, n)
-    judge = lambda *kinds: scores(ManyLexicons(found, features, predicted, kinds), found, features)
+    def judge(*kinds): return scores(ManyLexicons(found, features, predicted, kinds), found, features)
     plain, shifted, every = judge("token"), judge("token", "previous", "next"), judge(*KINDS)
     return [{"feature": a["feature"], "kind": c["explanation"].kind, "token": a["score"], "shifted": b["score"],
              "all": c["score"]} for a,b,c in zip(plain, shifted, every)]

@@ -350,8 +350,8 @@ def run_from(self:LanguageModel,
     x:Float[Tensor, "batch seq d_model"], # the residual stream after that layer
 ) -> Float[Tensor, "batch seq vocab"]: # logits
     "The logits that follow from a residual stream, running only the blocks above it."
-    return _variant(self.hf, **{self.hf.base_model_prefix: self.above(layer, x)})(inputs_embeds=x,
-        use_cache=False).logits
+    return _variant(self.hf, **{self.hf.base_model_prefix: self.above(layer, x)})(
+        inputs_embeds=x, use_cache=False).logits
 
 # %% ../nbs/foundation/06_models.ipynb #caa1b019
 @patch

@@ -89,6 +89,14 @@ def _even(drawn):
     by_order = [[d for d in drawn if len(d[0]) == length and d[-1] == order] for order in ("ABBA", "BABA")]
     return [d for two in zip(*by_order) for d in two]
 
+# %% ../nbs/foundation/20_prompts.ipynb #3b178306
+def _usable(model, names):
+    "The names that are one token."
+    names = [name for name in names if model.tokenize(" " + name).shape[1] == 1]
+    if len(names) >= 3: return names
+    raise SparseCodingError(f"IOI needs three names that are one token in {model.name}, "
+                            f"and {len(names)} of those given are.")
+
 # %% ../nbs/foundation/20_prompts.ipynb #ba9143db
 def ioi_pairs(
     model:LanguageModel, # its tokenizer decides which names can be used
@@ -98,11 +106,7 @@ def ioi_pairs(
     templates:tuple[str]=TEMPLATES, # {A} and {B}: first mentions, {S}: the second, {place}, {object}
 ) -> Pairs: # as many of each order, or one more
     "IOI sentences and their counterfactuals, all of one length; raises for fewer than three names of one token."
-    names = [name for name in names if model.tokenize(" " + name).shape[1] == 1]
-    if len(names) < 3:
-        raise SparseCodingError(f"IOI needs three names that are one token in {model.name}, "
-                                f"and {len(names)} of those given are.")
-    rng = np.random.default_rng(seed)
+    names, rng = _usable(model, names), np.random.default_rng(seed)
     drawn = [_draw(model, rng, names, templates) for _ in range(20*n)]
     chosen = _even([d for d in drawn if _fits(d)])[:n]
     if len(chosen) < n:
@@ -119,11 +123,13 @@ def gate(
     "Whether the model says the indirect object."
     with fast_matmul(model.device): z = model.logits(pairs.base)[:, -1].cpu()
     right, wrong = (z.gather(1, names[:, None])[:, 0] for names in (pairs.io, pairs.s))
-    rows = []
-    for order in ("ABBA", "BABA"):
-        here = np.array(pairs.order) == order
-        mean, (low, high) = mean_ci((right - wrong)[here].numpy())
-        rows.append({"order": order, "pairs": int(here.sum()), "logit difference": mean, "low": low, "high": high,
-                     "accuracy": float((right > wrong)[here].float().mean()),
-                     "the likeliest token": float((z.argmax(-1) == pairs.io)[here].float().mean())})
-    return rows
+    lead, best = (right - wrong).numpy(), (z.argmax(-1) == pairs.io).numpy()
+    rows = {order: np.array(pairs.order) == order for order in ("ABBA", "BABA")}
+    return [{"order": order, **_passed(lead[here], best[here])} for order,here in rows.items()]
+
+# %% ../nbs/foundation/20_prompts.ipynb #55199ec7
+def _passed(lead, best):
+    "What `gate` reports of some pairs."
+    mean, (low, high) = mean_ci(lead)
+    return {"pairs": len(lead), "logit difference": mean, "low": low, "high": high,
+            "accuracy": float((lead > 0).mean()), "the likeliest token": float(best.mean())}

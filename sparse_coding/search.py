@@ -31,7 +31,7 @@ from .prompts import Pairs
 
 # %% ../nbs/foundation/21_search.ipynb #bc3f6fab
 class Patching:
-    "Two runs of the model over pairs of sentences, and what is between; raises for another model's or site's dictionary."
+    "Two runs of the model over pairs of sentences, and what is between; raises for a dictionary of another place."
     def __init__(self,
         model:LanguageModel, # under study
         pairs:Pairs, # of sentences
@@ -43,16 +43,20 @@ class Patching:
         self.model, self.pairs, self.layer = model, pairs, layer
         self.see = torch.arange(pairs.base.numel()).view_as(pairs.base)
         with torch.inference_mode(), fast_matmul(model.device): self._run_both()
-        changed = self.delta.ne(0).cpu()
-        self.hits = changed.any(1)                             # which pairs a feature can matter to
-        self.start = torch.where(self.hits, changed.int().argmax(1), pairs.base.shape[1])    # and from where on
-        self.live = self.hits.any(0).nonzero()[:, 0].tolist()
+        self._find_changes()
 
-    def run(self, x): # from nothing
-        return self.model.run_packed(self.layer, x, *renumber(self.see, torch.zeros(len(x)), 0), {})
-    def __repr__(self):
-        return (f"{len(self.pairs)} pairs at layer {self.layer}: {len(self.live):,} of {self.sae.d_sae:,} features "
-                "differ between base and target")
+# %% ../nbs/foundation/21_search.ipynb #752e3d17
+@patch
+def __repr__(self:Patching):
+    return (f"{len(self.pairs)} pairs at layer {self.layer}: {len(self.live):,} of {self.sae.d_sae:,} features "
+            "differ between base and target")
+
+@patch
+def run(self:Patching,
+    x:Float[Tensor, "n seq d"], # the residual stream of all pairs
+) -> tuple[Float[Tensor, "n vocab"], dict]: # logits; keys and values by layer
+    "From the patched layer up, with nothing known."
+    return self.model.run_packed(self.layer, x, *renumber(self.see, torch.zeros(len(x)), 0), {})
 
 # %% ../nbs/foundation/21_search.ipynb #bff87654
 @patch
@@ -67,6 +71,15 @@ def _run_both(self:Patching):
     self.y = model.logits(pairs.target)[:, -1].log_softmax(-1)
     self.keys = self.run(self.x)[1]
 
+# %% ../nbs/foundation/21_search.ipynb #2ee4e319
+@patch
+def _find_changes(self:Patching):
+    "Which pairs a feature can matter to, from where on, and the features that can matter at all."
+    changed = self.delta.ne(0).cpu()
+    self.hits = changed.any(1)
+    self.start = torch.where(self.hits, changed.int().argmax(1), self.pairs.base.shape[1])
+    self.live = self.hits.any(0).nonzero()[:, 0].tolist()
+
 # %% ../nbs/foundation/21_search.ipynb #cc0be257
 @patch
 def edit(self:Patching,
@@ -75,6 +88,7 @@ def edit(self:Patching,
     "What patching a set of features adds to the residual stream."
     return self.delta[..., features] @ self.f[features]
 
+# %% ../nbs/foundation/21_search.ipynb #667936c2
 @patch
 def logits(self:Patching,
     edit:Float[Tensor, "rows seq d"], # as from `edit`
@@ -83,7 +97,8 @@ def logits(self:Patching,
     "The next token's logits after the base sentences with an edited residual stream."
     rows = torch.arange(len(self.pairs)) if rows is None else rows
     start = torch.minimum(self.pairs.differ[rows].int().argmax(1), edit.ne(0).any(-1).int().argmax(1).cpu())
-    return self.model.run_packed(self.layer, self.x[rows] + edit, *renumber(self.see[rows], start, self.see.numel()), self.keys)[0]
+    see = renumber(self.see[rows], start, self.see.numel())
+    return self.model.run_packed(self.layer, self.x[rows] + edit, *see, self.keys)[0]
 
 # %% ../nbs/foundation/21_search.ipynb #b3bd9230
 @patch
@@ -103,6 +118,7 @@ def divergence(self:Patching,
     z, y = logits.log_softmax(-1), self.y[slice(None) if rows is None else rows]
     return F.kl_div(y, z, log_target=True, reduction="none").sum(-1).double().cpu()
 
+# %% ../nbs/foundation/21_search.ipynb #2571ce6d
 @patch
 def magnitude(self:Patching,
     edit:Float[Tensor, "rows seq d"], # as from `edit`
@@ -130,6 +146,7 @@ def midpoints(
     "Where integrated gradients look."
     return tuple((np.arange(n) + .5)/n)
 
+# %% ../nbs/foundation/21_search.ipynb #5b8f7531
 @dataclass
 class Curve:
     "Divergence and edit magnitude for nested sets of features."
@@ -138,6 +155,7 @@ class Curve:
     edit: Float[np.ndarray, "points n"] # mean length over positions, per pair
     features: list # all of them, first the one that is patched first
 
+# %% ../nbs/foundation/21_search.ipynb #f892f669
 @torch.inference_mode()
 def ranked(
     case:Patching, # pairs, layer and dictionary
@@ -158,16 +176,16 @@ def acdc_plainly(
     seed:int=0, # of the visiting orders
 ) -> list[tuple]: # threshold, feature removed, divergence then; first (None, None, divergence of all)
     "Algorithm 4.1 on a flat graph, one evaluation per visit."
-    kept, now = list(features), float(kl(list(features)))
-    trace = [(None, None, now)]
+    kept, trace = list(features), [(None, None, float(kl(list(features))))]
     for k,tau in enumerate(thresholds):
         for j in visits(kept, seed, k):
             without = [i for i in kept if i != j]
-            if (new := float(kl(without))) - now < tau:
-                kept, now = without, new
-                trace.append((tau, j, now))
+            if (new := float(kl(without))) - trace[-1][2] < tau:
+                kept = without
+                trace.append((tau, j, new))
     return trace
 
+# %% ../nbs/foundation/21_search.ipynb #14dc85b7
 def visits(
     kept:list[int], # features that are still there
     seed:int, # of the search
@@ -237,7 +255,8 @@ def try_path(
 # %% ../nbs/foundation/21_search.ipynb #f5a17ac5
 def _learn(state, believed, worth, tau):
     "How wrong beliefs are, and how often decisions are predicted wrong."
-    news = dict(error=abs(worth - believed), wrong=(worth < tau) != (believed < tau), doubted=doubt(state, believed - tau))
+    news = dict(error=abs(worth - believed), wrong=(worth < tau) != (believed < tau),
+                doubted=doubt(state, believed - tau))
     for k,v in news.items(): state[k] += .1*(v - state[k])
 
 def _drop(case, state, visit, seen):
@@ -296,9 +315,10 @@ def _read_steps(file):
     s = load_file(file)
     return list(zip(s["features"].tolist(), s["kl"], s["edit"])), int(s["done"])
 
-# %% ../nbs/foundation/21_search.ipynb #939f204c
+# %% ../nbs/foundation/21_search.ipynb #b5708f76
 THRESHOLDS = tuple(np.logspace(-5, 0, 10))
 
+# %% ../nbs/foundation/21_search.ipynb #939f204c
 def acdc(
     case:Patching, # pairs, layer and dictionary
     thresholds:Iterable[float]=THRESHOLDS, # nats, rising

@@ -81,7 +81,8 @@ def _spliced(model, site, rows):
     "A function from a replacement, and where it applies, to logits."
     if site.kind != "resid_post": return lambda fn, keep: model.splice(rows, site, fn, keep)
     x = model.run_to(rows, site)[site]
-    return lambda fn, keep: model.run_from(site.layer, fn(x) if keep is None else torch.where(keep[..., None], fn(x), x))
+    return lambda fn, keep: model.run_from(site.layer, fn(x) if keep is None
+                                           else torch.where(keep[..., None], fn(x), x))
 
 # %% ../nbs/foundation/13_splicing.ipynb #7192d4c3
 def loss_added(
@@ -93,15 +94,15 @@ def loss_added(
 
 # %% ../nbs/foundation/13_splicing.ipynb #95046729
 def ce_metrics(
-    losses:dict[str, list[float]], # from `fidelity`
+    losses:dict[str, list[float]], # from `spliced_losses`
     worth:float=.1, # nats that the ablation must cost for a score
 ) -> dict: # in SAELens' names; ce_loss_score is None where its denominator is too small
     "Losses with and without the dictionary, under zero ablation, and the share of the damage avoided."
     without, with_sae, ablated = (float(np.mean(losses[k])) for k in ("none", "sae", "zero"))
     enough = loss_added(losses, "zero")[1][0] > worth
     score = (ablated - with_sae)/(ablated - without) if enough else None
-    return dict(ce_loss_without_sae=without, ce_loss_with_sae=with_sae, ce_loss_with_ablation=ablated, ce_loss_score=score,
-                kl_div_with_sae=float(np.mean(losses["kl"])))
+    return dict(ce_loss_without_sae=without, ce_loss_with_sae=with_sae, ce_loss_with_ablation=ablated,
+                ce_loss_score=score, kl_div_with_sae=float(np.mean(losses["kl"])))
 
 # %% ../nbs/foundation/13_splicing.ipynb #1d14d1c8
 def ablate(

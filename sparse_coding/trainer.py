@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['eq4_alpha', 'input_scale', 'build', 'ahead', 'resume', 'checkpoint', 'train', 'log_rows', 'read_log', 'replace_dead',
-           'training_operations', 'estimate_training', 'train_recipes', 'measure', 'course', 'metadata',
-           'save_dictionaries']
+           'training_operations', 'estimate_training', 'built', 'scaled_stream', 'train_recipes', 'measure', 'course',
+           'metadata', 'save_dictionaries']
 
 # %% ../nbs/foundation/15_trainer.ipynb #95772915
 import json, os, time
@@ -198,6 +198,29 @@ def estimate_training(
     return {"seconds": training_operations(recipes, d_in, batch_size, steps)*seconds_per_operation/efficiency,
             "bytes": weights + codes}
 
+# %% ../nbs/foundation/15_trainer.ipynb #c2d95551
+def built(
+    p:Preset, # unit of alpha
+    recipes:list[Recipe], # at one site
+    d_in:int, # width of the site
+) -> tuple[list[Dictionary], list[float]]: # untrained, on the training device; an alpha of eq. (4) for each
+    "The dictionaries and the alphas of some recipes."
+    return ([build(r, d_in).to(device()) for r in recipes],
+            [eq4_alpha(r.alpha, p.alpha_unit, d_in) for r in recipes])
+
+# %% ../nbs/foundation/15_trainer.ipynb #be7375c2
+def scaled_stream(
+    p:Preset, # batch and seed
+    store:ActivationStore, # training activations
+    site:Site, # one of its sites
+    scale:float, # that activations are multiplied by
+    steps:int, # optimiser steps in all
+) -> Callable[[int], Iterator]: # stream(start) yields the batches from step `start` on
+    "Scaled batches on the training device, as `train` wants them."
+    def stream(start):
+        for x in batches(store, site, p.batch_size, p.seed, start, steps - start): yield x.to(device())*scale
+    return stream
+
 # %% ../nbs/foundation/15_trainer.ipynb #61c23ed6
 def train_recipes(
     p:Preset, # batch, seed, unit of alpha; learning rate and optimiser, unless `adam` says otherwise
@@ -210,13 +233,9 @@ def train_recipes(
     **adam, # lr, log_every, betas and frozen_step of `train`
 ) -> list[Dictionary]: # of scale*x, on the training device
     "Build the dictionaries of some recipes and train them on one stream."
-    site, on = recipes[0].site, device()
-    def stream(start):
-        for x in batches(store, site, p.batch_size, p.seed, start, steps - start): yield x.to(on)*scale
-    saes = [build(r, store.d_in(site)).to(on) for r in recipes]
-    alphas = [eq4_alpha(r.alpha, p.alpha_unit, store.d_in(site)) for r in recipes]
-    train(saes, alphas, stream, steps, folder, watch=watch and watch(saes),
-          **{"lr": p.lr, "frozen_step": p.frozen_step} | adam)
+    saes, alphas = built(p, recipes, store.d_in(recipes[0].site))
+    train(saes, alphas, scaled_stream(p, store, recipes[0].site, scale, steps), steps, folder,
+          watch=watch and watch(saes), **{"lr": p.lr, "frozen_step": p.frozen_step} | adam)
     return saes
 
 # %% ../nbs/foundation/15_trainer.ipynb #127b008a

@@ -7,7 +7,7 @@ import pytest
 import sparse_coding.paper1.controls
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.stats import leads, redrawn_means, with_interval
-from sparse_coding.ledger import claims, CLAIMS
+from sparse_coding.ledger import claims
 from sparse_coding.evidence import Examples, Shuffled
 from sparse_coding.lexicon import KINDS, ManyLexicons, TokenLexicon, read_lexicon, write_lexicon
 from sparse_coding.paper1.explaining import judge_from_environment

@@ -7,7 +7,7 @@ import torch
 from sparse_coding.paper1 import what_it_reads as case_studies, what_it_does as effects
 from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.stats import share_ci
-from sparse_coding.ledger import claims, CLAIMS
+from sparse_coding.ledger import claims
 from sparse_coding.models import load_model, unembedded
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import load_store
@@ -136,7 +136,7 @@ def test_a_figure_of_a_feature_that_never_fires_can_be_drawn(tiny):
     ("P1-typical", dict(medians={"sae": (.6, .7), "random": (.1, .2), "basis": (.1, .3)}), "holds"), ("P1-typical", dict(medians={"sae": (.4, .7), "random": (.1, .2), "basis": (.1, .3)}), "partly"),
     ("P1-typical", dict(medians={"sae": (.2, .7), "random": (.1, .25), "basis": (.1, .3)}), "does not hold"),
     ("P1-fig4r", dict(ci95=(.1, .2), rank=1), "holds"), ("P1-fig4r", dict(ci95=(.1, .2), rank=2), "partly"), ("P1-fig4r", dict(ci95=(-.1, .2), rank=9), "does not hold")])
-def test_rules_at_their_edges(claim, rec, verdict): assert claim in CLAIMS and claims()[claim].judge(rec) == verdict
+def test_rules_at_their_edges(claim, rec, verdict): assert claim in claims() and claims()[claim].judge(rec) == verdict
 
 
 # what a feature does

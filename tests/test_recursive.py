@@ -232,7 +232,7 @@ def test_text_begins_with_the_beginning(model):
 
 
 def test_a_model_with_something_else_in_its_blocks_is_refused(model, monkeypatch):
-    from sparse_coding import recursive
+    import sparse_coding.paper2.recursive as recursive
     real = recursive._parts
     monkeypatch.setattr(recursive, "_parts", lambda *a: {k: 1.1*v if k[0] == "MLP" else v for k,v in real(*a).items()})
     with pytest.raises(SparseCodingError, match="do not add up"): trace(model, dictionaries(model), "When Mary and John")

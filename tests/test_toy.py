@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.presets import SparseCodingError
-from sparse_coding.ledger import CLAIMS, verdict
+from sparse_coding.ledger import claims, verdict
 from sparse_coding.corpora import readable
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.paper1.overview import (ToyFeatures, by_range, distinct_tokens, interference, mean_by_token,
@@ -76,9 +76,9 @@ def test_superposition_needs_sparse_features():
 
 def test_the_ledger_judges_superposition_by_our_rule():
     rec = {"measured": dict(m=5, sparse=[6, 7], dense=[5, 4])}
-    assert verdict(CLAIMS["P1-superpos"], rec) == "holds"
-    assert verdict(CLAIMS["P1-superpos"], {"measured": dict(m=5, sparse=[5, 7], dense=[5, 4])}) == "partly"
-    assert verdict(CLAIMS["P1-superpos"], {"measured": dict(m=5, sparse=[6, 7], dense=[5, 6])}) == "partly"
+    assert verdict(claims()["P1-superpos"], rec) == "holds"
+    assert verdict(claims()["P1-superpos"], {"measured": dict(m=5, sparse=[5, 7], dense=[5, 4])}) == "partly"
+    assert verdict(claims()["P1-superpos"], {"measured": dict(m=5, sparse=[6, 7], dense=[5, 6])}) == "partly"
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 1000])

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import rankdata
 
 from sparse_coding.presets import Site, SparseCodingError, preset
-from sparse_coding.ledger import claims, CLAIMS
+from sparse_coding.ledger import claims
 from sparse_coding.models import LAYOUTS, load_model, final_norm
 from sparse_coding.partial_runs import Packed, run_rows
 from sparse_coding.corpora import load_rows
@@ -15,8 +15,8 @@ from sparse_coding.activations import load_store
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.evidence import FragmentStore, evidence
 from sparse_coding.lexicon import TokenLexicon
-from sparse_coding.paper1.causes import (causes as trees, Causes, Chain, Contexts, causes, draw_contexts, edges,
-    find_causes, grow)
+from sparse_coding.paper1.causes import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
+import sparse_coding.paper1.causes as trees
 from tiny import TEXT, tiny_model
 
 LAYERS = (1, 2, 4)
@@ -311,4 +311,4 @@ EDGES = [
 
 @pytest.mark.parametrize("claim, rec, verdict", EDGES, ids=[f"{c}, {v}, {i}" for i,(c,_,v) in enumerate(EDGES)])
 def test_rules_at_their_edges(claim, rec, verdict):
-    assert claim in CLAIMS and claims()[claim].judge(rec) == verdict
+    assert claim in claims() and claims()[claim].judge(rec) == verdict

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 from scipy.stats import spearmanr
@@ -33,31 +34,50 @@ from ..study import dictionary
 from ..evidence import FragmentStore, evidence, fingerprint, printable
 from ..lexicon import TokenLexicon
 
+# %% ../../nbs/paper1/52_causes.ipynb #d50f4134
+def _moved(sae, device):
+    "A dictionary on a device, the same object where it is there already."
+    return sae if sae.M.device == device else copy.deepcopy(sae).to(device)
+
 # %% ../../nbs/paper1/52_causes.ipynb #1877f1f5
 class Chain:
-    """Dictionaries of several layers of the residual stream, and the text they are looked at in; raises for a
-    dictionary of another model or site."""
+    "Dictionaries of several layers of the residual stream, and the text they are looked at in."
     def __init__(self,
         model:LanguageModel, # under study
-        saes:dict[int, Dictionary], # by layer
+        saes:dict[int, Dictionary], # by layer; raises for one of another model or site
         store:FragmentStore, # with the activations of all these layers
         length:int=32, # tokens read of every fragment
     ):
-        self.model, self.store = model, store.check(model)
-        self.saes = {l: saes[l].check(model, Site(l)) for l in sorted(saes)}
-        if len(saes) < 2: raise SparseCodingError(f"Causes need dictionaries of at least two layers, and there is "
+        self.model, self.store, self.layers = model, store.check(model), sorted(saes)
+        self.saes = {l: saes[l].check(model, Site(l)) for l in self.layers}
+        if len(saes) < 2: raise SparseCodingError("Causes need dictionaries of at least two layers, and there is "
                                                   f"{len(saes)}: give the preset more `layers`.")
-        self.layers, self.tokens = list(self.saes), np.asarray(store.tokens)[:, :length]
-        self.on = {l: sae if sae.M.device == model.device else copy.deepcopy(sae).to(model.device) for l,
-                   sae in self.saes.items()}
+        self.on = {l: _moved(sae, model.device) for l,sae in self.saes.items()}
+        self.tokens = np.asarray(store.tokens)[:, :length]
         self.keep = {l: store.keep(Site(l)).view(store.tokens.shape)[:, :length] for l in self.layers}
 
-    def __repr__(self):
-        sizes = ", ".join(f"{l} ({sae.d_sae:,} features)" for l,sae in self.saes.items())
-        return f"Layers {sizes} on {len(self.tokens):,} fragments of {self.tokens.shape[1]} tokens"
-    def acts(self, layer, features): return feature_acts(self.saes[layer], self.store, Site(layer), features)[:,
-        :self.tokens.shape[1]].numpy()
-    def lower(self, layer): return next((l for l in self.layers[::-1] if l < layer), None)
+# %% ../../nbs/paper1/52_causes.ipynb #95dfe40c
+@patch
+def __repr__(self:Chain):
+    sizes = ", ".join(f"{l} ({sae.d_sae:,} features)" for l,sae in self.saes.items())
+    return f"Layers {sizes} on {len(self.tokens):,} fragments of {self.tokens.shape[1]} tokens"
+
+# %% ../../nbs/paper1/52_causes.ipynb #24e0e50f
+@patch
+def acts(self:Chain,
+    layer:int, # of the chain
+    features:list[int], # of that layer
+) -> Float[np.ndarray, "fragments seq features"]:
+    "Activations of some features in the chain's text."
+    return feature_acts(self.saes[layer], self.store, Site(layer), features)[:, :self.tokens.shape[1]].numpy()
+
+# %% ../../nbs/paper1/52_causes.ipynb #18c24221
+@patch
+def lower(self:Chain,
+    layer:int, # any
+) -> int|None: # None where there is none
+    "The next layer of the chain below a layer."
+    return next((l for l in self.layers[::-1] if l < layer), None)
 
 # %% ../../nbs/paper1/52_causes.ipynb #3ccb5351
 def chain_of(
@@ -66,9 +86,9 @@ def chain_of(
     store:FragmentStore, # see `fragment_store`
 ) -> Chain: # all residual layers of the study; neighbours from different seeds
     "The study's dictionaries as a chain."
-    layers = sorted(p.layers, reverse=True)
-    return Chain(model, {l: dictionary(p, model, Recipe(Site(l), p.ratio, p.alpha, seed=p.seed + i % 2)) for i,
-                         l in enumerate(layers)}, store)
+    seeds = {l: p.seed + i % 2 for i,l in enumerate(sorted(p.layers, reverse=True))}
+    saes = {l: dictionary(p, model, Recipe(Site(l), p.ratio, p.alpha, seed=s)) for l,s in seeds.items()}
+    return Chain(model, saes, store)
 
 # %% ../../nbs/paper1/52_causes.ipynb #168bb130
 @dataclass(frozen=True)
@@ -87,15 +107,14 @@ def draw_contexts(
     seed:int=0, # of the drawing
 ) -> Contexts: # in the order of activation; raises for fewer than two
     "Positions at which a feature is active."
-    if how not in ("half", "top"): raise SparseCodingError(f"Contexts can be drawn \"half\" (from [M/2, M]) or "
-                                                           f"\"top\", not {how!r}.")
+    if how not in ("half", "top"):
+        raise SparseCodingError(f"Contexts can be drawn \"half\" (from [M/2, M]) or \"top\", not {how!r}.")
     flat = acts.ravel()
     if how == "half":
         strong = np.random.default_rng(seed).permutation(np.flatnonzero((flat >= flat.max()/2) & (flat > 0)))
         bins = np.minimum((2*flat[strong]/max(flat.max(), 1e-9) - 1)*n, n - 1).astype(int)
-        by_bin = np.argsort(bins, kind="stable")
-        turn = np.arange(len(bins)) - np.searchsorted(bins[by_bin],
-                                                      bins[by_bin])          # how many of the same bin come before
+        by_bin = np.argsort(bins, kind="stable")      # next line: how many of the same bin come before
+        turn = np.arange(len(bins)) - np.searchsorted(bins[by_bin], bins[by_bin])
         chosen = strong[by_bin[np.argsort(turn, kind="stable")[:n]]]
     else: chosen = np.argsort(-flat, kind="stable")[:n]
     chosen = sorted((k for k in chosen if flat[k] > 0), key=flat.__getitem__)
@@ -113,8 +132,7 @@ def ablate_each(
     c:Float[Tensor, "seq d_sae"], # codes; 0 at tokens that are to stay
     f:Float[Tensor, "d_sae d_model"], # what each unit of code adds to x
     positions:int=4096, # how many to compute at once, about
-) -> tuple[Float[Tensor, "d_model"], list[int],
-           Float[Tensor, "active d_model"]]: # last position as it is; the active features; without each
+) -> tuple[Float[Tensor, "d_model"], list[int], Float[Tensor, "active d_model"]]: # as it is; active ones; without each
     "The last position of an upper layer, without each active feature of a lower layer."
     see, live = torch.arange(len(x))[None], c.any(0).nonzero()[:, 0]
     whole, known = model.run_between(lower, upper, x[None], *renumber(see, torch.zeros(1), 0), {})
@@ -169,13 +187,31 @@ def find_causes(
     x, y = _streams(chain, (lower, layer), contexts)
     n, at, read = torch.arange(len(contexts)), torch.from_numpy(contexts.at), lambda y: target.encode(y)[..., feature]
     counts = chain.keep[lower][contexts.ids] & (torch.arange(x.shape[1]) <= at[:, None])
-    a, c, g = read(y[n, at]), below.encode(x)*counts[..., None].to(x.device), gradients(chain.model, lower, layer, x,
-        lambda y: read(y[n, at]))
+    a, c, g = (read(y[n, at]), below.encode(x)*counts[..., None].to(x.device),
+               gradients(chain.model, lower, layer, x, lambda y: read(y[n, at])))
     gradient, drop = ((g @ below.W_dec.T)*c).sum(1)/a[:, None], torch.zeros(len(contexts), below.d_sae)
     for k,t in enumerate(tqdm(contexts.at, desc=f"causes of {layer}_{feature}", unit="context", leave=False, delay=2)):
         _, live, without = ablate_each(chain.model, lower, layer, x[k, :t+1], c[k, :t+1], below.W_dec)
         drop[k, live] = (1 - read(without)/a[k]).cpu()
     return Causes(contexts, *(v.cpu().contiguous().numpy() for v in (a, drop, gradient, c.sum(1))))
+
+# %% ../../nbs/paper1/52_causes.ipynb #5e6c615e
+def _decided_by(chain, lower, layer, feature, **how):
+    "What the causes of a feature depend on."
+    return dict(model=chain.model.fingerprint, dictionaries=[fingerprint(chain.saes[l]) for l in (lower, layer)],
+                layers=(lower, layer), feature=feature, store=chain.store.folder.name,
+                drop_first=chain.store.drop_first, max_norm=chain.store.max_norm, length=chain.tokens.shape[1], **how)
+
+# %% ../../nbs/paper1/52_causes.ipynb #437ce09d
+def _save(found, path):
+    "Causes as a file of arrays."
+    parts = {k: getattr(found, k) for k in ("a", "drop", "gradient", "activity")}
+    save_file(dict(ids=found.contexts.ids, at=found.contexts.at, **parts), path)
+
+def _load(path):
+    "Causes from such a file."
+    found = load_file(path)
+    return Causes(Contexts(found.pop("ids"), found.pop("at")), **found)
 
 # %% ../../nbs/paper1/52_causes.ipynb #68dfcf79
 def causes(
@@ -191,17 +227,11 @@ def causes(
     if not 0 <= feature < target.d_sae: raise SparseCodingError(f"Layer {layer} has no feature {feature}: its "
                                                                 f"dictionary has {target.d_sae:,}.")
     def compute(folder):
-        found = find_causes(chain, layer, feature, draw_contexts(chain.acts(layer, [feature])[..., 0], n, how, seed))
-        save_file(dict(ids=found.contexts.ids, at=found.contexts.at,
-                       **{k: getattr(found, k) for k in ("a", "drop", "gradient", "activity")}),
-                  folder/"causes.safetensors")
-    config = dict(model=chain.model.fingerprint, dictionaries=[fingerprint(chain.saes[l]) for l in (lower, layer)],
-                  layers=(lower, layer), feature=feature,
-                  store=chain.store.folder.name, drop_first=chain.store.drop_first, max_norm=chain.store.max_norm,
-                  length=chain.tokens.shape[1], n=n, how=how, seed=seed)
-    found = load_file(load_or_compute("causes", config, compute,
-                                      code=(find_causes, draw_contexts, gradients))/"causes.safetensors")
-    return Causes(Contexts(found.pop("ids"), found.pop("at")), **found)
+        contexts = draw_contexts(chain.acts(layer, [feature])[..., 0], n, how, seed)
+        _save(find_causes(chain, layer, feature, contexts), folder/"causes.safetensors")
+    config = _decided_by(chain, lower, layer, feature, n=n, how=how, seed=seed)
+    folder = load_or_compute("causes", config, compute, code=(find_causes, draw_contexts, gradients))
+    return _load(folder/"causes.safetensors")
 
 # %% ../../nbs/paper1/52_causes.ipynb #b8d0e342
 def strongest(
@@ -225,6 +255,16 @@ def peers(
     others = np.setdiff1d(np.flatnonzero(activity > 0), [j])
     return others[np.argsort(np.abs(size[others] - size[j]), kind="stable")[:n]]
 
+# %% ../../nbs/paper1/52_causes.ipynb #8c93e381
+def _null(weight, activity, j):
+    "The 95th percentile of equally active features."
+    return float(np.quantile(weight[peers(activity, j)], .95)) if activity[j] else 0.
+
+def _edge(drop, null):
+    "A weight with its interval, beside the null."
+    mean, (low, high) = mean_ci(drop)
+    return {"weight": mean, "low": low, "high": high, "null": null, "above": low > max(null, 0.)}
+
 # %% ../../nbs/paper1/52_causes.ipynb #4622866f
 def edges(
     found:Causes, # of one target
@@ -232,12 +272,8 @@ def edges(
     rows=slice(None), # contexts to weigh them in
 ) -> list[dict]: # weight with interval, the null, and whether the interval is above it
     "Some causes of a target as edges."
-    weight, activity, out = found.drop[rows].mean(0), found.activity[rows].sum(0), []
-    for j in map(int, picked):
-        mean, (low, high) = mean_ci(found.drop[rows, j])
-        null = float(np.quantile(weight[peers(activity, j)], .95)) if activity[j] else 0.
-        out.append({"feature": j, "weight": mean, "low": low, "high": high, "null": null, "above": low > max(null, 0.)})
-    return out
+    weight, activity = found.drop[rows].mean(0), found.activity[rows].sum(0)
+    return [{"feature": j} | _edge(found.drop[rows, j], _null(weight, activity, j)) for j in map(int, picked)]
 
 # %% ../../nbs/paper1/52_causes.ipynb #68c0ddce
 def agreement(
@@ -252,26 +288,41 @@ def agreement(
     return {"active": int(active.sum()), "rank correlation": rho(active), "causes": int(big.sum()),
             "among causes": rho(big), "of the three strongest": shared}
 
+# %% ../../nbs/paper1/52_causes.ipynb #7b234666
+def _points(ax, exact, fast, least):
+    "A point per feature, those with a weight in colour; dotted where the two are equal."
+    for rows,color,label in ((np.abs(exact) >= least, "sae", f"at least {least:g}"),
+                             (np.abs(exact) < least, "random", "less")):
+        ax.plot(exact[rows], fast[rows], "o", ms=3, color=COLORS[color], alpha=.6, label=label)
+    ends = np.array([min(exact.min(), fast.min()), max(exact.max(), fast.max())])
+    ax.plot(ends, ends, color=COLORS["ink"], lw=.7, ls=":")
+    return ends
+
+# %% ../../nbs/paper1/52_causes.ipynb #cc30c803
+def _log_axes(ax, low, high):
+    "Logarithmic on both sides of 0, with ticks at powers of ten."
+    ticks = [t for t in (-1, -.1, -.01, 0, .01, .1, 1) if low - .005 <= t <= max(1.2*high, .01)]
+    ax.set_xscale("symlog", linthresh=.003)
+    ax.set_yscale("symlog", linthresh=.003)
+    for axis in (ax.xaxis, ax.yaxis): axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+
+# %% ../../nbs/paper1/52_causes.ipynb #b0170e95
+def _panel(ax, title, one, least):
+    "One target: its active features."
+    on = one.activity.any(0)
+    ends = _points(ax, one.weight[on], one.gradient.mean(0)[on], least)
+    _log_axes(ax, *ends)
+    ax.set(xlabel="weight by ablation", title=title)
+
 # %% ../../nbs/paper1/52_causes.ipynb #7f96033e
 def plot_agreement(
     found:dict[str, Causes], # by title
     least:float=.01, # weight that makes a cause
 ) -> plt.Figure:
-    "Weights by attribution against weights by ablation, a point per feature, a panel per target."
+    "Weights by attribution against weights by ablation, a point per active feature, a panel per target."
     fig, axes = plt.subplots(1, len(found), figsize=(3.5*len(found), 3.1), squeeze=False)
-    for ax,(title,one) in zip(axes[0], found.items()):
-        exact, fast, active = one.weight, one.gradient.mean(0), one.activity.any(0)
-        for rows,color,label in ((np.abs(exact) >= least, "sae", f"at least {least:g}"),
-                                 (np.abs(exact) < least, "random", "less")):
-            ax.plot(exact[rows & active], fast[rows & active], "o", ms=3, color=COLORS[color], alpha=.6, label=label)
-        ends = np.array([min(exact.min(), fast.min()), max(exact.max(), fast.max())])
-        ax.plot(ends, ends, color=COLORS["ink"], lw=.7, ls=":")
-        ax.set_xscale("symlog", linthresh=.003)
-        ax.set_yscale("symlog", linthresh=.003)
-        ticks = [t for t in (-1, -.1, -.01, 0, .01, .1, 1) if ends[0] - .005 <= t <= max(1.2*ends[1], .01)]
-        ax.set(xlabel="weight by ablation", title=title, xticks=ticks, yticks=ticks,
-               xticklabels=[f"{t:g}" for t in ticks], yticklabels=[f"{t:g}" for t in ticks])
-        ax.minorticks_off()
+    for ax,(title,one) in zip(axes[0], found.items()): _panel(ax, title, one, least)
     axes[0, 0].set(ylabel="weight by attribution")
     axes[0, 0].legend()
     return fig
@@ -279,7 +330,7 @@ def plot_agreement(
 # %% ../../nbs/paper1/52_causes.ipynb #25d3f595
 def grow(
     root:tuple[int, int], # layer and feature
-    parents:Callable, # of layer and feature: edges, the strongest first, with a node at "cause" and a number at "weight"
+    parents:Callable, # of layer and feature: edges with a node at "cause" and a number at "weight", the strongest first
     depth:int=3, # layers below the root
     width:int=3, # parents drawn per feature
     least:float=.01, # weight
@@ -296,27 +347,50 @@ def grow(
         todo = [node for node in dict.fromkeys(below) if node not in done]
     return found
 
+# %% ../../nbs/paper1/52_causes.ipynb #3bfcd034
+def _held(found, width):
+    "The strongest of every other context, weighed in the rest; nothing where there are too few."
+    if len(found.a) <= 3: return []
+    return edges(found, strongest(found, width, rows=slice(0, None, 2)), slice(1, None, 2))
+
+# %% ../../nbs/paper1/52_causes.ipynb #6f5fcd09
+def _parents(chain, layer, feature, width, how):
+    "The strongest causes of a feature as edges, with cosine; none in the lowest layer."
+    if (lower := chain.lower(layer)) is None: return []
+    found, cosine = causes(chain, layer, feature, **how), chain.saes[lower].W_dec @ chain.saes[layer].W_dec[feature]
+    same = {"contexts": len(found.a), "held": _held(found, width)}
+    return [e | same | {"cause": (lower, e["feature"]), "cosine": float(cosine[e["feature"]])}
+            for e in edges(found, strongest(found, width))]
+
 # %% ../../nbs/paper1/52_causes.ipynb #53961dc1
 def parents_in(
     chain:Chain, # of dictionaries
     width:int=3, # parents per feature
     **how, # see `causes`
 ) -> Callable: # of layer and feature; for `grow`
-    """Parents by ablation, with interval, null and cosine; and how the strongest of half of the contexts do in the
-    other half."""
-    def parents(layer, feature):
-        if (lower := chain.lower(layer)) is None: return []
-        found, cosine = causes(chain, layer, feature, **how), chain.saes[lower].W_dec @ chain.saes[layer].W_dec[feature]
-        held = edges(found, strongest(found, width, rows=slice(0, None, 2)),
-                     slice(1, None, 2)) if len(found.a) > 3 else []
-        return [e | {"cause": (lower, e["feature"]), "contexts": len(found.a), "cosine": float(cosine[e["feature"]]),
-                     "held": held} for e in edges(found, strongest(found, width))]
-    return parents
+    "Parents by ablation; and how the strongest of half of the contexts do in the other half."
+    return lambda layer, feature: _parents(chain, layer, feature, width, how)
 
 # %% ../../nbs/paper1/52_causes.ipynb #790c230b
 def _quoted(text): return text if any(map(str.isalnum, text)) else f"'{text}'"
-def _listed(texts, length): return "  ".join([*dict.fromkeys(_quoted(printable(t).strip(" ") or "␣")
-    for t in texts)][:length])
+
+def _listed(texts, length):
+    "Some different tokens, those without a letter in quotes."
+    shown = (_quoted(printable(t).strip(" ") or "␣") for t in texts)
+    return "  ".join([*dict.fromkeys(shown)][:length])
+
+# %% ../../nbs/paper1/52_causes.ipynb #1a2adc09
+def _by_layer(nodes):
+    "The features of every layer among some nodes."
+    nodes = list(dict.fromkeys(nodes))
+    return {layer: [j for l,j in nodes if l == layer] for layer in sorted({l for l,_ in nodes})}
+
+# %% ../../nbs/paper1/52_causes.ipynb #3b98c591
+def _mostly(chain, acts, length):
+    "The tokens with most of one feature's activation."
+    mass = np.bincount(chain.tokens.ravel(), acts.ravel())
+    best = [k for k in np.argsort(-mass, kind="stable")[:4*length] if mass[k] > 0]
+    return _listed(chain.model.str_tokens(best), length)
 
 # %% ../../nbs/paper1/52_causes.ipynb #38855d59
 def words(
@@ -325,14 +399,18 @@ def words(
     length:int=3, # tokens per feature
 ) -> dict[tuple[int, int], str]: # by layer and feature
     "The tokens that make up most of a feature's activation."
-    out, nodes = {}, list(dict.fromkeys(nodes))
-    for layer in sorted({l for l,_ in nodes}):
-        features = [j for l,j in nodes if l == layer]
+    out = {}
+    for layer,features in _by_layer(nodes).items():
         for j,acts in zip(features, np.moveaxis(chain.acts(layer, features), -1, 0)):
-            mass = np.bincount(chain.tokens.ravel(), acts.ravel())
-            texts = chain.model.str_tokens([k for k in np.argsort(-mass, kind="stable")[:4*length] if mass[k] > 0])
-            out[layer, j] = _listed(texts, length)
+            out[layer, j] = _mostly(chain, acts, length)
     return out
+
+# %% ../../nbs/paper1/52_causes.ipynb #8c6b2557
+def _loudest(p, chain, layer, features, length):
+    "A token lexicon of some features of one layer."
+    found = evidence(p, chain.model, chain.saes[layer], Site(layer), chain.store)
+    lexicons = TokenLexicon(4*length).explain([found.shown(j) for j in features])
+    return {(layer, j): _listed(chain.model.str_tokens(x.tokens), length) for j,x in zip(features, lexicons)}
 
 # %% ../../nbs/paper1/52_causes.ipynb #9f37cfdc
 def explanations(
@@ -342,26 +420,26 @@ def explanations(
     length:int=3, # tokens per feature
 ) -> dict[tuple[int, int], str]: # by layer and feature
     "A token lexicon of each feature: the tokens on which it is loudest in its strongest fragments."
-    out, nodes = {}, list(dict.fromkeys(nodes))
-    for layer in sorted({l for l,_ in nodes}):
-        found = evidence(p, chain.model, chain.saes[layer], Site(layer), chain.store)
-        features = [j for l,j in nodes if l == layer]
-        for j,lexicon in zip(features, TokenLexicon(4*length).explain([found.shown(j) for j in features])):
-            out[layer, j] = _listed(chain.model.str_tokens(lexicon.tokens), length)
+    out = {}
+    for layer,features in _by_layer(nodes).items(): out |= _loudest(p, chain, layer, features, length)
     return out
+
+# %% ../../nbs/paper1/52_causes.ipynb #ff99e1a7
+def _ordered(nodes, tree, height):
+    "Nodes of one layer, that with the highest targets first."
+    mean = lambda node: np.mean([height[e["target"]] for e in tree if e["cause"] == node])
+    return sorted(nodes, key=lambda node: -mean(node))
 
 # %% ../../nbs/paper1/52_causes.ipynb #d3ec4ab8
 def places(
     root:tuple[int, int], # layer and feature
     tree:list[dict], # its edges, from `grow`
-) -> dict[tuple[int, int], tuple[float,
-    float]]: # by layer and feature: column from the left, and height, both between 0 and 1
+) -> dict[tuple[int, int], tuple[float, float]]: # column from the left and height, both between 0 and 1
     "Where the nodes of a tree are drawn: a column per layer, the root at the right."
     nodes, height = list(dict.fromkeys([root] + [e["cause"] for e in tree])), {root: .5}
     layers = sorted({l for l,_ in nodes})
     for layer in layers[-2::-1]:
-        of = {node: [height[e["target"]] for e in tree if e["cause"] == node] for node in nodes if node[0] == layer}
-        ordered = sorted(of, key=lambda node: -np.mean(of[node]))
+        ordered = _ordered([node for node in nodes if node[0] == layer], tree, height)
         height |= {node: 1 - (k + .5)/len(ordered) for k,node in enumerate(ordered)}
     return {node: (layers.index(node[0])/max(len(layers) - 1, 1), height[node]) for node in nodes}
 
@@ -374,8 +452,10 @@ def _short(text, width):
 # %% ../../nbs/paper1/52_causes.ipynb #50b2c4a2
 def _bare(text, width):
     "As many of the tokens as fit, without the quotes that tell a table where a token ends."
-    return _short("  ".join(t[1:-1] if len(t) > 2 and t[0] == t[-1] == "'" else t for t in text.split("  ")), width)
+    bare = lambda t: t[1:-1] if len(t) > 2 and t[0] == t[-1] == "'" else t
+    return _short("  ".join(map(bare, text.split("  "))), width)
 
+# %% ../../nbs/paper1/52_causes.ipynb #4e176012
 def _draw_edges(ax, tree, x, at):
     "Lines as wide as weights: blue where the interval is above the null, grey where it is not."
     for e in tree:
@@ -395,6 +475,16 @@ def _draw_nodes(ax, root, x, at, label, width):
     for layer in {l for l,_ in at}:
         ax.text(next(x[n] for n in at if n[0] == layer), 1.04, f"layer {layer}", ha="center", fontsize=8)
 
+# %% ../../nbs/paper1/52_causes.ipynb #bbb27be4
+def _canvas(root, tree):
+    "Room for the tallest layer; where the columns are, and the places of the nodes."
+    at = places(root, tree)
+    tallest = max(sum(l == layer for l,_ in at) for layer,_ in at)
+    fig, ax = plt.subplots(figsize=(7, max(1.9, .72*tallest + .4)))
+    ax.set(xlim=(0, 1), ylim=(0, 1.08))
+    ax.axis("off")
+    return ax, {node: .09 + .82*c for node,(c,_) in at.items()}, at
+
 # %% ../../nbs/paper1/52_causes.ipynb #f71650a9
 def plot_tree(
     root:tuple[int, int], # layer and feature
@@ -403,15 +493,10 @@ def plot_tree(
     width:int=22, # characters per node
 ) -> plt.Figure:
     "A causal tree: columns are layers, in the order in which the model computes; line width is the weight."
-    at = places(root, tree)
-    tallest = max(sum(l == layer for l,_ in at) for layer,_ in at)
-    fig, ax = plt.subplots(figsize=(7, max(1.9, .72*tallest + .4)))
-    x = {node: .09 + .82*c for node,(c,_) in at.items()}
+    ax, x, at = _canvas(root, tree)
     _draw_edges(ax, tree, x, at)
     _draw_nodes(ax, root, x, at, label, width)
-    ax.set(xlim=(0, 1), ylim=(0, 1.08))
-    ax.axis("off")
-    return fig
+    return ax.figure
 
 # %% ../../nbs/paper1/52_causes.ipynb #3e6645bb
 def share_of(
@@ -421,6 +506,24 @@ def share_of(
 ) -> Float[np.ndarray, "n"]:
     "How much of the top k belongs to a group."
     return torch.isin(logits.topk(k).indices, torch.tensor(ids)).float().mean(1).numpy()
+
+# %% ../../nbs/paper1/52_causes.ipynb #093b28e7
+def _with_and_without(chain, layer, feature, upper, contexts):
+    "Codes of an upper layer at the last positions, as they are and without a feature below."
+    below, above = _two(chain, layer, upper)
+    rows, at, f = torch.arange(len(contexts)), torch.from_numpy(contexts.at), below.W_dec[feature]
+    keep = chain.keep[layer][contexts.ids, :, None].to(chain.model.device)
+    def read(edits):
+        with chain.model.hooks(edits): y = _streams(chain, (upper,), contexts)[0]
+        return above.encode(y[rows, at]).cpu().double().numpy()
+    return read({}), read({Site(layer): lambda x: x - below.encode(x)[..., feature, None]*keep*f})
+
+# %% ../../nbs/paper1/52_causes.ipynb #48f4664e
+def _changed(c, lost, n):
+    "The features that change most, of those that are active in at least half of the contexts."
+    often = (c > 0).sum(0) >= len(c)/2
+    order = np.argsort(np.where(often, -np.abs(lost.mean(0)), np.inf), kind="stable")[:n].tolist()
+    return [k for k in order if often[k]]
 
 # %% ../../nbs/paper1/52_causes.ipynb #7eedaf83
 @torch.inference_mode()
@@ -433,16 +536,9 @@ def effects(
     n:int=8, # how many to report
 ) -> list[dict]: # feature, mean loss, its share with interval, contexts, cosine; the greatest change first
     "Which later features a feature causes."
-    below, above = _two(chain, layer, upper)
-    rows, at, keep, f = torch.arange(len(contexts)), torch.from_numpy(contexts.at), chain.keep[layer][contexts.ids, :,
-        None].to(chain.model.device), below.W_dec[feature]
-    def read(edits):
-        with chain.model.hooks(edits): return above.encode(_streams(chain, (upper,), contexts)[0][rows,
-            at]).cpu().double().numpy()
-    c, without = read({}), read({Site(layer): lambda x: x - below.encode(x)[..., feature, None]*keep*f})
-    lost, often, cosine, out = c - without, (c > 0).sum(0) >= len(contexts)/2, above.W_dec @ f, []
-    for k in (k for k in np.argsort(np.where(often, -np.abs(lost.mean(0)), np.inf), kind="stable")[:n].tolist()
-              if often[k]):
+    c, without = _with_and_without(chain, layer, feature, upper, contexts)
+    lost, cosine, out = c - without, chain.on[upper].W_dec @ chain.on[layer].W_dec[feature], []
+    for k in _changed(c, lost, n):
         share, (low, high) = mean_ci(lost[:, k]/c[:, k].mean())
         out.append({"feature": k, "lost": float(lost[:, k].mean()), "share lost": share, "low": low, "high": high,
                     "contexts": int((c[:, k] > 0).sum()), "cosine": float(cosine[k])})

@@ -203,7 +203,7 @@ def judge_blind(rec): # reads ci95, predicted
 # %% ../../nbs/paper1/00_claims.ipynb #79c88b10
 @claim("P1-fig8", "C.1, Fig 8", "High scores also at R < 1: similar at all sizes",
        paper="Fig 8", source="paper", what="change of the SAE's mean score per doubling of R", unit="score",
-       page="paper1/33_controls")
+       page="paper1/32_scores")
 def judge_fig8(rec): # reads leads, ci95
     """Lead over the best baseline above 0 at each R, and at most .05 of score gained or lost per doubling of R, at the
     ends of the intervals; partly for one of the two."""
@@ -213,7 +213,7 @@ def judge_fig8(rec): # reads leads, ci95
 # %% ../../nbs/paper1/00_claims.ipynb #6ffdfe2f
 @claim("P1-fig9", "C.2, Fig 9", "Random-only scores are much lower, SAE still ahead, above all in early layers",
        paper="Fig 9", source="paper", what="random-only score of the SAE minus its top-and-random score", unit="score",
-       page="paper1/33_controls",
+       page="paper1/32_scores",
        changed="made stricter: the third part asked for no interval at first and would have passed")
 def judge_fig9(rec): # reads fall, leads, early
     """Random-only minus top-and-random below 0 for the SAE; random-only, SAE minus each of the four above 0, pooled;
@@ -224,7 +224,7 @@ def judge_fig9(rec): # reads fall, leads, early
 # %% ../../nbs/paper1/00_claims.ipynb #2fa14d0f
 @claim("P1-toponly", "A step 4", "Scores on top fragments alone",
        paper="no number", source="paper", what="mean score on top fragments alone, by method", unit="score",
-       page="paper1/33_controls")
+       page="paper1/32_scores")
 def judge_top_only(rec): # reads nothing
     "Shown: reported beside the other scores."
     return "not comparable"
@@ -240,7 +240,7 @@ def judge_nfrag(rec): # reads ci95
 # %% ../../nbs/paper1/00_claims.ipynb #16b41d30
 @claim("P1-fig10", "C.3, Fig 10", "MLP: SAE (untied, R = 1) ahead of the baselines, both panels",
        paper="Fig 10", source="paper", what="mean score of the MLP SAE minus that of each baseline fitted there",
-       unit="score", page="paper1/33_controls")
+       unit="score", page="paper1/32_scores")
 def judge_fig10(rec): # reads leads, by panel
     """The rule of Fig 2 on MLP activations, top-and-random and random-only, against the baselines that are fitted
     there: all intervals above 0, in both panels; partly if some are."""
@@ -262,7 +262,7 @@ def judge_table_2(rec): # reads intervals
 # %% ../../nbs/paper1/00_claims.ipynb #46570520
 @claim("P1-fig18", "G, Fig 18", "Allowing PCA/ICA only top-K explains no more than a small fraction of the gap",
        paper="Fig 18", source="paper", what="share of the SAE's lead that top-K closes, for PCA and ICA", unit="share",
-       page="paper1/33_controls")
+       page="paper1/32_scores")
 def judge_fig18(rec): # reads shares
     """Share of the gap between SAE and PCA, ICA that top-K closes, pooled over layers: upper ends below a quarter;
     partly below a half."""
@@ -331,7 +331,7 @@ def judge_polysemantic(rec): # reads side, feature_purity
 # %% ../../nbs/paper1/00_claims.ipynb #2748597b
 @claim("P1-fig4l", "5.1, Fig 4 left",
        "One feature fires almost only on one kind of token, lower activations on similar ones",
-       paper="feature 556", source="paper", what="share of a feature's firings that fall on its kind of token",
+       paper="feature 556", source="paper", what="share of a feature's activation that falls on its kind of token",
        unit="share", page="paper1/50_what_it_reads")
 def judge_input(rec): # reads upper, whole
     """Purity in the upper half of the activation range above .9, and over the whole range above .5, by their intervals;

@@ -42,21 +42,25 @@ def fidelity(
     folder = load_or_compute("fidelity", config, compute, code=(spliced_losses, mean_activation, replacements))
     return read_json(folder/"losses.json")
 
-# %% ../../nbs/paper1/60_perplexity.ipynb #0e9df603
+# %% ../../nbs/paper1/60_perplexity.ipynb #1f54b063
 REPLACED = {"mean": ("s", "pca", "mean"), "zero": ("x", "random", "zero"),
             "sae everywhere": ("D", "target", "every position"), "sae": ("o", "sae", "reconstruction")}
 
+def _added(ax, x, losses, name):
+    "One kind of replacement: what it adds at every site, with its interval."
+    marker, color, label = REPLACED[name]
+    y, ci = zip(*(loss_added(l, name) for l in losses))
+    low, high = np.array(ci).T
+    ax.errorbar(x, y, [y - low, high - y], fmt=marker, color=COLORS[color], label=label)
+
+# %% ../../nbs/paper1/60_perplexity.ipynb #0e9df603
 def plot_losses(
     losses:dict[Site, dict], # from `fidelity`, one per site
 ) -> plt.Figure:
     "Cross-entropy that each replacement adds, one group per site."
-    fig, ax = plt.subplots(figsize=(6.5, 2.8))
-    for j,(name,(marker,color,label)) in enumerate(REPLACED.items()):
-        added = [loss_added(l, name) for l in losses.values()]
-        y, (low, high) = np.array([a[0] for a in added]), np.array([a[1] for a in added]).T
-        x = np.arange(len(y)) + .12*(j - 1.5)
-        ax.errorbar(x, y, [y - low, high - y], fmt=marker, color=COLORS[color], label=label)
-    ax.set(xticks=range(len(losses)), xticklabels=[str(s).replace("_post.", "\n") for s in losses], yscale="log",
+    (fig, ax), x = plt.subplots(figsize=(6.5, 2.8)), np.arange(len(losses))
+    for j,name in enumerate(REPLACED): _added(ax, x + .12*(j - 1.5), losses.values(), name)
+    ax.set(xticks=x, xticklabels=[str(s).replace("_post.", "\n") for s in losses], yscale="log",
            ylabel="cross-entropy added\n(nats per token)")
     ax.set_ylim(min(.02, ax.get_ylim()[0]), ax.get_ylim()[1]*1.3)
     ax.yaxis.set_major_formatter("{x:g}")
@@ -95,19 +99,23 @@ def random_features(
     "Directions drawn evenly from the sphere."
     return directions(torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)))
 
+# %% ../../nbs/paper1/60_perplexity.ipynb #8e8eae9c
+def _styles(names):
+    "Pairs of layers as shades, the darker the later; the comparisons dashed."
+    across = [name for name in names if name.startswith("layer") and "," not in name]
+    dashes = iter(((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))))
+    shade = {name: dict(color=tone) for name,tone in zip(across, shades(len(across)))}
+    return {name: shade.get(name) or dict(color=COLORS["ink"], ls=next(dashes), lw=1.2) for name in names}
+
 # %% ../../nbs/paper1/60_perplexity.ipynb #1b92892d
 def plot_matches(
     matches:dict[str, Float[np.ndarray, "n"]], # name -> best cosine of every feature
     null:Float[np.ndarray, "m"], # the same of random directions
 ) -> plt.Figure:
     "Share of features whose best match is at least so close: layers as shades, controls dashed, the null dotted."
-    fig, ax = plt.subplots(figsize=(6.5, 3))
-    across = [name for name in matches if name.startswith("layer") and "," not in name]
-    tones, dashes = iter(shades(len(across))), iter(((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))))
-    for name,m in [*matches.items(), ("random directions", null)]:
-        how = dict(color=next(tones)) if name in across else dict(color=COLORS["ink"], ls=next(dashes), lw=1.2)
-        if name == "random directions": how = dict(color=COLORS["random"], ls=":")
-        ax.plot(np.sort(m), 1 - np.arange(len(m))/len(m), label=name, **how)
-    ax.set(xlabel="cosine with the best match", ylabel="share of features with\nat least that", xlim=(0, 1), ylim=(0, 1))
+    (fig, ax), name = plt.subplots(figsize=(6.5, 3)), "random directions"
+    styles = _styles(matches) | {name: dict(color=COLORS["random"], ls=":")}
+    for k,m in (matches | {name: null}).items(): ax.plot(np.sort(m), 1 - np.arange(len(m))/len(m), label=k, **styles[k])
+    ax.set(xlabel="cosine with the best match", ylabel="share with at least that", xlim=(0, 1), ylim=(0, 1))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig

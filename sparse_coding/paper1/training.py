@@ -7,6 +7,8 @@ __all__ = ['plain_training', 'toy_stream', 'recover', 'plot_recovery', 'plot_log
 
 # %% ../../nbs/paper1/20_training.ipynb #5c5deeca
 from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from itertools import count
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,10 +48,15 @@ def toy_stream(
     draw = lambda i, n: toy.sample(n, torch.Generator().manual_seed(1_000_003*seed + i))[0]
     scale = draw(-1 % 2**31, 8192).pow(2).sum(-1).mean()**-.5
     def stream(start):
-        while True:
-            yield scale*draw(start, batch_size)
-            start += 1
+        for i in count(start): yield scale*draw(i, batch_size)
     return stream
+
+# %% ../../nbs/paper1/20_training.ipynb #abd5d0e7
+def _train_on_toy(saes, alphas, stream, steps):
+    "Train toy dictionaries side by side, in place."
+    with threads(1):                                     # matrices this small gain nothing from a second core
+        engine = Engine(saes, alphas, lr=1e-2)
+        for _ in tqdm(range(steps), desc=f"{len(saes)} toy dictionaries", leave=False): engine.step(next(stream))
 
 # %% ../../nbs/paper1/20_training.ipynb #cf66c074
 def recover(
@@ -62,10 +69,7 @@ def recover(
     toy = ToyFeatures(d=32, n=64, seed=seed)
     grid = [(d_sae, a) for d_sae in sizes for a in alphas]
     saes = [TiedSAE(32, d_sae, seed=seed) for d_sae,_ in grid]
-    stream = toy_stream(toy, 1024, seed)(0)
-    with threads(1):                                     # matrices this small gain nothing from a second core
-        engine = Engine(saes, [a for _,a in grid], lr=1e-2)
-        for _ in tqdm(range(steps), desc=f"{len(saes)} toy dictionaries", leave=False): engine.step(next(stream))
+    _train_on_toy(saes, [a for _,a in grid], toy_stream(toy, 1024, seed)(0), steps)
     found = [mmcs(sae.W_dec.detach(), toy.features) for sae in saes]
     return np.array(found).reshape(len(sizes), len(alphas))
 
@@ -77,9 +81,9 @@ def plot_recovery(
 ) -> plt.Figure:
     "Heat map of recovery over dictionary size and alpha."
     fig, ax = plt.subplots(figsize=(6, 2.6))
-    image = ax.imshow(found, cmap="viridis", vmin=.3, vmax=1, aspect="auto")
+    image = ax.imshow(found, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for (i,j),v in np.ndenumerate(found):
-        ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="w" if v < .75 else "k")
+        ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="w" if v < .6 else "k")
     ax.set(xlabel=r"sparsity coefficient $\alpha$, eq. (4)", ylabel=r"dictionary features $d_{sae}$",
            xticks=range(len(alphas)), xticklabels=alphas, yticks=range(len(sizes)), yticklabels=sizes)
     ax.grid(False)
@@ -88,19 +92,32 @@ def plot_recovery(
 
 # %% ../../nbs/paper1/20_training.ipynb #91c2851d
 def plot_log(
-    log:dict, # from `read_log`
-    recipes:list[Recipe], # one per entry of the log
-    ratio:float, # the ratio shown
+    curves:dict[float, dict], # alpha -> log of one dictionary, from `read_log`
 ) -> plt.Figure:
     "FVU and L0 against the step, one line per alpha."
-    shown = [(i, r) for i,r in enumerate(recipes) if r.ratio == ratio and r.alpha > 0]
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6))
-    for color,(i,r) in zip(shades(len(shown)), shown):
-        for ax,key in zip(axes, ("fvu", "l0")): ax.plot(log[i]["step"], log[i][key], color=color, label=f"{r.alpha:g}")
+    for color,(alpha,log) in zip(shades(len(curves)), curves.items()):
+        for ax,key in zip(axes, ("fvu", "l0")): ax.plot(log["step"], log[key], color=color, label=f"{alpha:g}")
     axes[0].set(xlabel="step", ylabel="fraction of variance\nunexplained (batch)", ylim=(0, 1))
     axes[1].set(xlabel="step", ylabel="active features $L_0$ (batch)", yscale="log")
     fig.legend(*axes[1].get_legend_handles_labels(), title=r"$\alpha$", loc="outside right center")
     return fig
+
+# %% ../../nbs/paper1/20_training.ipynb #85ea7978
+def _line_per_ratio(ax, found):
+    "FVU against L0, through the dictionaries of one ratio."
+    ratios = sorted({r["ratio"] for r in found})
+    for color,ratio in zip(shades(len(ratios)), ratios):
+        points = sorted((r["l0"], r["fvu"]) for r in found if r["ratio"] == ratio)
+        ax.plot(*zip(*points), "o-", color=color, label=f"{ratio:g}")
+
+# %% ../../nbs/paper1/20_training.ipynb #058fa967
+def _label_alphas(ax, found):
+    "Write every alpha beside its lowest point."
+    for alpha in sorted({r["alpha"] for r in found}):
+        lowest = min((r for r in found if r["alpha"] == alpha), key=lambda r: r["fvu"])
+        ax.annotate(rf"$\alpha$ {alpha:g}", (lowest["l0"], lowest["fvu"]), (-3, -10), textcoords="offset points",
+                    ha="right", fontsize=7, color="#555555")
 
 # %% ../../nbs/paper1/20_training.ipynb #385dec39
 def fig6(
@@ -108,16 +125,9 @@ def fig6(
 ) -> plt.Figure:
     "Active features against unexplained variance, one line per ratio, one point per alpha; Fig 6."
     fig, ax = plt.subplots(figsize=(6, 3.2))
-    ratios = sorted({r["ratio"] for r in found})
-    for color,ratio in zip(shades(len(ratios)), ratios):
-        line = sorted((r["l0"], r["fvu"], r["alpha"]) for r in found if r["ratio"] == ratio and r["alpha"] > 0)
-        ax.plot(*list(zip(*line))[:2], "o-", color=color, label=f"{ratio:g}")
-    for alpha in sorted({r["alpha"] for r in found if r["alpha"] > 0}):
-        lowest = min((r for r in found if r["alpha"] == alpha), key=lambda r: r["fvu"])
-        ax.annotate(rf"$\alpha$ {alpha:g}", (lowest["l0"], lowest["fvu"]), (-3, -10), textcoords="offset points",
-                    ha="right",
-                    fontsize=7, color="#555555")
-    plain_log(ax, "x").set(xlabel="mean number of active features, $L_0$", ylabel="fraction of variance\nunexplained",
-                           ylim=(0, None))
+    penalised = [r for r in found if r["alpha"] > 0]
+    for draw in (_line_per_ratio, _label_alphas): draw(ax, penalised)
+    plain_log(ax, "x").set(xlabel="mean number of active features, $L_0$", ylim=(0, None))
+    ax.set(ylabel="fraction of variance\nunexplained")
     ax.legend(title="ratio $R$")
     return fig

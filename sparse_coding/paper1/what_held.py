@@ -49,6 +49,20 @@ def by_section(
         if r["paper"] == "P1": found[SECTIONS[r["page"].split("/")[1][0]]].append((r["id"][3:], r["verdict"]))
     return found
 
+# %% ../../nbs/paper1/61_what_held.ipynb #3e856f30
+def _square(ax, x, y, name, verdict):
+    "One claim, in the colour of its verdict."
+    ax.add_patch(plt.Rectangle((x, y - .36), .92, .72, fc=VERDICTS[verdict], ec="#999999", lw=.6))
+    dark = verdict in ("holds", "does not hold")
+    ax.text(x + .46, y, name, ha="center", va="center", fontsize=5.6, color="white" if dark else COLORS["ink"])
+
+# %% ../../nbs/paper1/61_what_held.ipynb #38d026fd
+def _bare(ax):
+    "Neither frame nor grid nor ticks."
+    for side in ax.spines.values(): side.set_visible(False)
+    ax.tick_params(length=0)
+    ax.grid(False)
+
 # %% ../../nbs/paper1/61_what_held.ipynb #2d2ccd3d
 def plot_verdicts(
     found:dict[str, list[tuple[str, str]]], # from `by_section`
@@ -56,15 +70,10 @@ def plot_verdicts(
     "One square per claim, one row per section."
     fig, ax = plt.subplots(figsize=(7.4, 3.1))
     for y,claims in enumerate(found.values()):
-        for x,(name,verdict) in enumerate(claims):
-            ax.add_patch(plt.Rectangle((x, y - .36), .92, .72, fc=VERDICTS[verdict], ec="#999999", lw=.6))
-            dark = verdict in ("holds", "does not hold")
-            ax.text(x + .46, y, name, ha="center", va="center", fontsize=5.6, color="white" if dark else COLORS["ink"])
+        for x,claim in enumerate(claims): _square(ax, x, y, *claim)
     ax.set(xlim=(0, max(map(len, found.values()))), ylim=(len(found) - .5, -.5), xticks=[])
     ax.set_yticks(range(len(found)), list(found))
-    for side in ax.spines.values(): side.set_visible(False)
-    ax.tick_params(length=0)
-    ax.grid(False)
+    _bare(ax)
     keys = [plt.Rectangle((0, 0), 1, 1, fc=c, ec="#999999", lw=.6) for c in VERDICTS.values()]
     fig.legend(keys, list(VERDICTS), loc="outside upper center", ncols=len(VERDICTS), fontsize=7)
     return fig

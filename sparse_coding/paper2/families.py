@@ -133,6 +133,7 @@ def readings(
     folder = load_or_compute("readings", config, compute, code)
     return {l: {kind: _read(folder/f"{kind}-{l}.safetensors") for kind in ("sae", "random")} for l in saes}
 
+# %% ../../nbs/paper2/31_families.ipynb #5a8022fc
 def _read(file): return Contexts(**load_file(file))
 
 # %% ../../nbs/paper2/31_families.ipynb #e3ab103b
@@ -163,16 +164,20 @@ def plot_distances(
     shares:dict[str, Float[np.ndarray, "seq"]], # by feature: share of what it reads, by tokens back
 ) -> plt.Figure:
     "How far back each of some features reads."
-    edges, labels = (0, 1, 2, 3, 5, 9, 17, 33, 65), "0 1 2 3-4 5-8 9-16 17-32 33-64 65-".split()
     fig, axes = plt.subplots(1, len(shares), figsize=(7, 2.2), sharey=True)
-    for ax,(name,share) in zip(axes, shares.items()):
-        known = [e for e in edges if e < len(share)]
-        ax.bar(range(len(known)), 100*np.add.reduceat(share, known), color=COLORS["sae"])
-        ax.set_xticks(range(len(known)), labels[:len(known)], rotation=90, fontsize=7.5)
-        ax.set_title(name, fontsize=8.5)
-        ax.set_xlabel("tokens back")
+    for ax,(name,share) in zip(axes, shares.items()): _distances(ax, name, share)
     axes[0].set_ylabel("share of what it reads (%)")
     return fig
+
+# %% ../../nbs/paper2/31_families.ipynb #a0672e3a
+def _distances(ax, name, share):
+    "One feature's shares, in bins that widen with the distance."
+    edges, labels = (0, 1, 2, 3, 5, 9, 17, 33, 65), "0 1 2 3-4 5-8 9-16 17-32 33-64 65-".split()
+    known = [e for e in edges if e < len(share)]
+    ax.bar(range(len(known)), 100*np.add.reduceat(share, known), color=COLORS["sae"])
+    ax.set_xticks(range(len(known)), labels[:len(known)], rotation=90, fontsize=7.5)
+    ax.set_title(name, fontsize=8.5)
+    ax.set_xlabel("tokens back")
 
 # %% ../../nbs/paper2/31_families.ipynb #f9e8922b
 def bare(
@@ -456,7 +461,7 @@ def induction_features(
     n:int=10, # how many
     least:int=10, # strong contexts; features with fewer come last
 ) -> list[dict]: # layer, feature, the word's class, score, share; best first
-    "Features about one class found by induction, or the best of the others where none is; raises where no feature is known."
+    "Features about one class found by induction, or the best others where none is; raises where no feature is known."
     classes, rows, i = word_classes(model), [], FAMILIES.index("induction")
     some = any(f.members[:, i].any() for f in found.values())
     for l,f in found.items():
@@ -523,17 +528,21 @@ def plot_specificity(
 ) -> plt.Figure:
     "Figure 2: the feature's activations on and off the proxy, as counts and weighted by their size."
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.6))
-    edges = np.linspace(0, max(float(acts.max()), 1e-9), bins + 1)
-    at, width = (edges[1:] + edges[:-1])/2, edges[1]
-    on, off = (np.histogram(acts[(acts > 0) & which], edges)[0] for which in (proxy, ~proxy))
-    for ax,weight in zip(axes, (np.ones(bins), at/max((acts > 0).sum(), 1))):
-        ax.bar(at, on*weight, width, color=COLORS["sae"], label="proxy holds")
-        ax.bar(at, off*weight, width, bottom=on*weight, color=COLORS["target"], label="it does not")
-        ax.set(xlabel="activation")
+    _stacked(axes, acts, proxy, np.linspace(0, max(float(acts.max()), 1e-9), bins + 1))
     axes[0].set(ylabel="tokens")
     axes[1].set(ylabel="expected value")
     axes[0].legend()
     return fig
+
+# %% ../../nbs/paper2/31_families.ipynb #bc48a3f8
+def _stacked(axes, acts, proxy, edges):
+    "Bars on and off the proxy: counts on one axis, counts times activation on the other."
+    at, width = (edges[1:] + edges[:-1])/2, edges[1]
+    on, off = (np.histogram(acts[(acts > 0) & which], edges)[0] for which in (proxy, ~proxy))
+    for ax,weight in zip(axes, (np.ones(len(at)), at/max((acts > 0).sum(), 1))):
+        ax.bar(at, on*weight, width, color=COLORS["sae"], label="proxy holds")
+        ax.bar(at, off*weight, width, bottom=on*weight, color=COLORS["target"], label="it does not")
+        ax.set(xlabel="activation")
 
 # %% ../../nbs/paper2/31_families.ipynb #bd77584c
 @torch.inference_mode()
@@ -659,16 +668,26 @@ def plot_trial(
 ) -> plt.Figure:
     "What ablation costs, what silences the feature, and through which heads it reads."
     fig, axes = plt.subplots(1, 3, figsize=(7, 2.4), width_ratios=(1, 1.7, 1.3))
+    _cost(axes[0], t)
+    _silenced(axes[1], silenced(t))
+    _through(axes[2], t, k)
+    return fig
+
+# %% ../../nbs/paper2/31_families.ipynb #4f60cd1a
+def _cost(ax, t):
+    "Nats lost without the feature, and without another."
     mean, ci = zip(*(_ci(t.drop[:, i].numpy()) for i in range(2)))
     bars = np.abs(np.array(ci).T - mean)
-    axes[0].bar(["this one", "another"], mean, yerr=bars, color=[COLORS["sae"], COLORS["random"]], capsize=3)
-    axes[0].set(ylabel="nats lost by the induced token", title="feature taken out")
-    _silenced(axes[1], silenced(t))
+    ax.bar(["this one", "another"], mean, yerr=bars, color=[COLORS["sae"], COLORS["random"]], capsize=3)
+    ax.set(ylabel="nats lost by the induced token", title="feature taken out")
+
+# %% ../../nbs/paper2/31_families.ipynb #06c5822c
+def _through(ax, t, k):
+    "The heads that bring most of what the feature reads."
     heads = t.heads.mean(0) if len(t.heads) else t.heads.sum(0)
     top = heads.topk(min(k, len(heads)))
-    axes[2].bar([str(int(h)) for h in top.indices], top.values, color=COLORS["sae"])
-    axes[2].set(xlabel="head of the layer", ylabel="share of what it reads", title="read through")
-    return fig
+    ax.bar([str(int(h)) for h in top.indices], top.values, color=COLORS["sae"])
+    ax.set(xlabel="head of the layer", ylabel="share of what it reads", title="read through")
 
 # %% ../../nbs/paper2/31_families.ipynb #53e5c52f
 def _silenced(ax, hits):

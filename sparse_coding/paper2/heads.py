@@ -45,14 +45,12 @@ def plot_heads(
     candidates:dict[int, Bool[np.ndarray, "heads"]]|None=None, # heads that get a star; none if not given
 ) -> plt.Figure:
     "Heads by families, layers side by side."
-    layers, values = list(shares), np.concatenate(list(shares.values()))
-    n = len(values)//len(layers)
+    values = np.concatenate(list(shares.values()))
     fig, ax = plt.subplots(figsize=(7, 2.9))
     image = ax.imshow(values.T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    _mark_layers(ax, layers, n)
-    stars = np.concatenate([candidates[l] for l in layers]) if candidates else []
-    for i in np.flatnonzero(stars): ax.text(i, -.75, "★", ha="center", va="bottom", fontsize=8, family="DejaVu Sans")
     fig.colorbar(image, label="share of top ten", pad=.01)
+    _mark_layers(ax, list(shares), len(values)//len(shares))
+    if candidates: _mark_stars(ax, np.concatenate([candidates[l] for l in shares]))
     return fig
 
 # %% ../../nbs/paper2/41_heads.ipynb #5dbec2b2
@@ -66,6 +64,11 @@ def _mark_layers(ax, layers, n):
     ax.tick_params(axis="x", labelsize=6)
     ax.tick_params(length=0)
     ax.grid(False)
+
+# %% ../../nbs/paper2/41_heads.ipynb #662cbd43
+def _mark_stars(ax, starred):
+    "A star above each head that has one."
+    for i in np.flatnonzero(starred): ax.text(i, -.75, "★", ha="center", va="bottom", fontsize=8, family="DejaVu Sans")
 
 # %% ../../nbs/paper2/41_heads.ipynb #811ef2f2
 def mean_words(
@@ -147,8 +150,7 @@ def groups(
     near = related | torch.eye(len(related), dtype=torch.bool)
     left, found = torch.ones(len(related), dtype=torch.bool), []
     while left.any():
-        size = (near & left).sum(1)*left
-        mine = near[int(size.argmax())] & left
+        mine = near[int(((near & left).sum(1)*left).argmax())] & left
         found.append(mine.nonzero()[:, 0].tolist())
         left = left & ~mine
     return found
@@ -167,15 +169,17 @@ def two_jobs(
     top:dict[int, Int[Tensor, "heads k"]], # by layer
 ) -> tuple[int, int, Int[Tensor, "n"], Int[Tensor, "m"]]: # layer, head, and the features of its two largest groups
     "The polysemantic head whose two largest groups take in most; raises where every head has one group only."
-    best = None
-    for l,k,t in ((l, k, t) for l in top for k,t in enumerate(top[l])):
-        g = groups(kin[l].related(t))
-        if len(g) < 2: continue
-        rank = len(g[0]) <= .8*len(t), len(g[1]) > 1, len(g[0]) + len(g[1])
-        if best is None or rank > best[0]: best = rank, (l, k, t[g[0]], t[g[1]])
-    if best is None: raise SparseCodingError("Every head's features are all related, so there are no two jobs "
-                                             "to compare: train longer (steps) or on more text.")
-    return best[1]
+    found = [(l, k, t, groups(kin[l].related(t))) for l in top for k,t in enumerate(top[l])]
+    several = [f for f in found if len(f[3]) > 1]
+    if not several: raise SparseCodingError("Every head's features are all related, so there are no two jobs "
+                                            "to compare: train longer (steps) or on more text.")
+    l, k, t, g = max(several, key=lambda f: _rank(f[3], len(f[2])))
+    return l, k, t[g[0]], t[g[1]]
+
+# %% ../../nbs/paper2/41_heads.ipynb #ec7570d8
+def _rank(g, k):
+    "What makes a head a better one to test: polysemantic, a second group of two or more, and few features left over."
+    return len(g[0]) <= .8*k, len(g[1]) > 1, len(g[0]) + len(g[1])
 
 # %% ../../nbs/paper2/41_heads.ipynb #772f3435
 def made_up(
@@ -187,15 +191,18 @@ def made_up(
     gap:int=10, # tokens of filler
 ) -> list[tuple[list, int]]: # each with the token that should follow
     "Prompts that keep of a context only what the feature reads."
-    c, made = c[ids], []
+    c = c[ids]
     places = (c.counts & (c.pos + 1 < tokens.shape[1])).nonzero().numpy()
-    for f,k in places[rng.permutation(len(places))[:n]]:
-        row, d = tokens[int(c.row[f, k])].tolist(), int(c.pos[f, k])
-        s = d - int(c.dfa[f, k, :max(d, 1)].argmax())
-        if d - s <= 12: kept = row[max(s - 3, 1):d + 1]
-        else: kept = row[max(s - 3, 1):s + 3] + _filler(tokens, gap, rng) + row[d - 5:d + 1]
-        made.append(([row[0], *_filler(tokens, gap, rng), *kept], row[d + 1]))
-    return made
+    return [_made_up(tokens, c, f, k, rng, gap) for f,k in places[rng.permutation(len(places))[:n]]]
+
+# %% ../../nbs/paper2/41_heads.ipynb #6b17d51f
+def _made_up(tokens, c, f, k, rng, gap):
+    "One prompt, from one context of one feature."
+    row, d = tokens[int(c.row[f, k])].tolist(), int(c.pos[f, k])
+    s = d - int(c.dfa[f, k, :max(d, 1)].argmax())
+    if d - s <= 12: kept = row[max(s - 3, 1):d + 1]
+    else: kept = row[max(s - 3, 1):s + 3] + _filler(tokens, gap, rng) + row[d - 5:d + 1]
+    return [row[0], *_filler(tokens, gap, rng), *kept], row[d + 1]
 
 # %% ../../nbs/paper2/41_heads.ipynb #b7405908
 def _filler(tokens, gap, rng):
@@ -244,13 +251,17 @@ def plot_jobs(
 ) -> plt.Figure:
     "Figure 3: what the loss of a head costs on two kinds of prompts."
     fig, ax = plt.subplots(figsize=(6, 2.6))
-    for i,(r,color) in enumerate(zip(rises, ("sae", "target"))):
-        mean, label = r.mean(0).numpy(), f"{('first', 'second')[i]} group's {len(r)} prompts"
-        half = np.array([mean_ci(v)[1][1] for v in r.T.numpy()]) - mean if len(r) > 1 else 0*mean
-        x = np.arange(len(mean)) + .1*i - .05
-        ax.errorbar(x, mean, half, fmt="o-", color=COLORS[color], capsize=2, label=label)
+    for i,r in enumerate(rises): _job(ax, r, i)
     ax.axvspan(head - .4, head + .4, color="#999999", alpha=.2, lw=0)
     ax.axhline(0, color="#999999", lw=.8)
     ax.set(xlabel="head of the layer that is held at its mean", ylabel="rise in loss (nats)", xticks=range(r.shape[1]))
     ax.legend()
     return fig
+
+# %% ../../nbs/paper2/41_heads.ipynb #175ce7d9
+def _job(ax, r, i):
+    "One set of prompts: the mean rise without each head, with its 95% interval."
+    mean, label = r.mean(0).numpy(), f"{('first', 'second')[i]} group's {len(r)} prompts"
+    half = np.array([mean_ci(v)[1][1] for v in r.T.numpy()]) - mean if len(r) > 1 else 0*mean
+    x, color = np.arange(len(mean)) + .1*i - .05, COLORS[("sae", "target")[i]]
+    ax.errorbar(x, mean, half, fmt="o-", color=color, capsize=2, label=label)

@@ -27,7 +27,6 @@ from ..activations import ActivationStore, batches, load_store
 from ..dictionaries import Dictionary, load_dictionary
 from ..engine import Resampling
 from ..trainer import build, eq4_alpha, input_scale, measure, metadata, train
-from .. import attention # adds methods
 
 # %% ../../nbs/paper2/20_saes.ipynb #7f25e202
 def plot_parts(
@@ -39,12 +38,7 @@ def plot_parts(
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(6.5, 4.2), height_ratios=(1, 1.4))
     parts = z.unflatten(1, (n_heads, -1))
     _one_vector(top, parts[-1], tokens[-1])
-    image = bottom.imshow(parts.norm(dim=-1).T, aspect="auto", cmap="viridis")
-    bottom.set(xticks=range(len(tokens)), yticks=range(n_heads), ylabel="head")
-    bottom.set_xticklabels(tokens, rotation=90, fontsize=7)
-    bottom.tick_params(length=0)
-    bottom.grid(False)
-    fig.colorbar(image, ax=bottom, label="length of $z_k$")
+    _lengths(bottom, parts, tokens)
     return fig
 
 # %% ../../nbs/paper2/20_saes.ipynb #af945d8b
@@ -53,11 +47,20 @@ def _one_vector(ax, parts, token):
     n, size = parts.shape
     for k,part in enumerate(parts):
         ax.bar(np.arange(size) + k*size, part, 1, color=COLORS["other" if k % 2 else "sae"])
-    ax.set(xlim=(0, n*size), xticks=size*(np.arange(n) + .5), ylabel="$z_{cat}$ at " + repr(token))
-    ax.set_xticklabels(range(n))
-    ax.set_xlabel("head")
+    ax.set(xlim=(0, n*size), xlabel="head", ylabel="$z_{cat}$ at " + repr(token))
+    ax.set_xticks(size*(np.arange(n) + .5), range(n))
     ax.tick_params(axis="x", length=0)
     ax.grid(False)
+
+# %% ../../nbs/paper2/20_saes.ipynb #e23546da
+def _lengths(ax, parts, tokens):
+    "How long each head's part is, token by token."
+    image = ax.imshow(parts.norm(dim=-1).T, aspect="auto", cmap="viridis")
+    ax.set(yticks=range(parts.shape[1]), ylabel="head")
+    ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.figure.colorbar(image, ax=ax, label="length of $z_k$")
 
 # %% ../../nbs/paper2/20_saes.ipynb #db96d129
 PAPER = {
@@ -117,24 +120,36 @@ def begin_at(
     sae.W_enc.copy_(sae.M.T)
     return sae
 
+# %% ../../nbs/paper2/20_saes.ipynb #9d7da619
+def _authors(p):
+    "The authors' settings for a preset's model, at size paper; None where there are none."
+    known = [s for s in PAPER.values() if p.model == s["model"] and None not in s["l1"]]
+    return known[0] if known and p.size == "paper" else None
+
+# %% ../../nbs/paper2/20_saes.ipynb #1f8b313f
+def _recipe(p, layer, k=None, times=1.):
+    "A dictionary of one layer: TopK with k, or with a penalty of some times the preset's."
+    ratio, alpha, s = p.attn_ratio, p.attn_alpha, _authors(p)
+    if s: ratio, alpha = s["ratio"][layer], s["l1"][layer]/s["d_in"]
+    return Recipe(Site(layer, "attn_z"), ratio, 0. if k else times*alpha, False, "project", k, p.seed)
+
 # %% ../../nbs/paper2/20_saes.ipynb #bedaa4c9
 def attention_recipes(
     p:Preset, # layers, size and sparsity
 ) -> dict[str, list[Recipe]]: # by group: those of one group are trained together
     "Every dictionary of attention that some figure of the second paper needs."
-    p, middle, times = paper_two(p), p.attn_layers[len(p.attn_layers)//2], (.25, .5, 1., 2., 4.)
-    released = [s for s in PAPER.values() if p.model == s["model"] and None not in s["l1"]]
-    paper = released[0] if released and p.size == "paper" else None
-    def recipe(l, k=None, times=1.):
-        ratio, alpha = p.attn_ratio, p.attn_alpha
-        if paper: ratio, alpha = paper["ratio"][l], paper["l1"][l]/paper["d_in"]    # its loss sums over coordinates
-        return Recipe(Site(l, "attn_z"), ratio, 0. if k else times*alpha, False, "project", k, p.seed)
-    groups = {f"layer {l}": [recipe(l, p.attn_k)] for l in p.attn_layers}
-    if not p.attn_k: return groups | {"frontier": [recipe(middle, times=t) for t in times]}
-    return groups | {f"layer {l}, L1": [recipe(l)] for l in p.attn_layers} | {
-        "frontier": [recipe(middle, max(1, round(p.attn_k*t))) for t in times],
-        "frontier, L1": [recipe(middle, times=t) for t in times[2:]],
-        "frontier, as initialised": [recipe(middle, p.attn_k)]}
+    p = paper_two(p)
+    groups = {f"layer {l}": [_recipe(p, l, p.attn_k)] for l in p.attn_layers}
+    if p.attn_k: groups |= {f"layer {l}, L1": [_recipe(p, l)] for l in p.attn_layers}
+    return groups | _frontiers(p, p.attn_layers[len(p.attn_layers)//2])
+
+# %% ../../nbs/paper2/20_saes.ipynb #3df5a0fe
+def _frontiers(p, middle, times=(.25, .5, 1., 2., 4.)):
+    "Groups of one layer whose members differ in sparsity, or in how they begin."
+    if not p.attn_k: return {"frontier": [_recipe(p, middle, times=t) for t in times]}
+    return {"frontier": [_recipe(p, middle, max(1, round(p.attn_k*t))) for t in times],
+            "frontier, L1": [_recipe(p, middle, times=t) for t in times[2:]],
+            "frontier, as initialised": [_recipe(p, middle, p.attn_k)]}
 
 # %% ../../nbs/paper2/20_saes.ipynb #4946ce96
 def schedule(
@@ -203,6 +218,21 @@ def save_attention(
                         "d_sae": sae.d_sae, **found})
     write_json(folder/"results.json", results)
 
+# %% ../../nbs/paper2/20_saes.ipynb #13cee0fa
+def _configuration(p, store, heldout, recipes, scale, how):
+    "What decides the result of a training, for the cache."
+    return dict(store=store.folder.name, heldout=heldout.folder.name, recipes=[asdict(r) for r in recipes],
+                drop_first=p.drop_first, max_norm=p.max_norm, steps=p.steps, batch_size=p.batch_size,
+                alpha_unit=p.alpha_unit, seed=p.seed, scale=scale, **how)
+
+# %% ../../nbs/paper2/20_saes.ipynb #ead6599b
+def _group(p, name):
+    "The recipes of a group; raises for a group that does not exist."
+    groups = attention_recipes(p)
+    if name in groups: return groups[name]
+    raise SparseCodingError(f"{name!r} is none of the preset's attention dictionaries, which are "
+                            f"{', '.join(groups)}: see attn_layers in 00_presets.")
+
 # %% ../../nbs/paper2/20_saes.ipynb #934534b0
 def train_attention(
     p:Preset, # steps, batch, learning rate, unit of alpha
@@ -212,18 +242,17 @@ def train_attention(
     "Train a group of attention's dictionaries, unless it has been done; raises for a group that does not exist."
     p = paper_two(p)
     if "frontier" in name: p = replace(p, steps=frontier_steps(p))
-    if name not in (groups := attention_recipes(p)):
-        raise SparseCodingError(f"{name!r} is none of the preset's attention dictionaries, which are "
-                                f"{', '.join(groups)}: see attn_layers in 00_core.")
-    recipes, (store, heldout) = groups[name], attention_stores(p, model)
-    scale, how = input_scale(store.mean_square(recipes[0].site), p.alpha_unit), manner(p, recipes[0], name)
-    config = dict(store=store.folder.name, heldout=heldout.folder.name, recipes=[asdict(r) for r in recipes],
-                  drop_first=p.drop_first, max_norm=p.max_norm, steps=p.steps, batch_size=p.batch_size,
-                  alpha_unit=p.alpha_unit, seed=p.seed, scale=scale, **how)
+    recipes, stores = _group(p, name), attention_stores(p, model)
+    scale, how = input_scale(stores[0].mean_square(recipes[0].site), p.alpha_unit), manner(p, recipes[0], name)
+    return _trained_once(p, model, recipes, *stores, scale, how)
+
+# %% ../../nbs/paper2/20_saes.ipynb #3662d9a3
+def _trained_once(p, model, recipes, store, heldout, scale, how):
+    "The folder of a group, from the cache if it was trained before."
     def compute(folder):
         saes = train_on(p, store, recipes, scale, folder/"run", **how)
         save_attention(p, model, folder, saes, recipes, scale, heldout)
-    return load_or_compute("attention_dictionaries", config, compute,
+    return load_or_compute("attention_dictionaries", _configuration(p, store, heldout, recipes, scale, how), compute,
                            code=(train, train_on, save_attention, batches))
 
 # %% ../../nbs/paper2/20_saes.ipynb #f99cc92b
@@ -243,7 +272,7 @@ def _trained(p, model, layer, kind):
         raise SparseCodingError(f"Unknown kind of attention dictionary {kind!r}: choose topk or l1.")
     if layer not in p.attn_layers:
         raise SparseCodingError(f"Layer {layer} has no attention dictionary: this preset has "
-                                f"{', '.join(map(str, p.attn_layers))}, see attn_layers in 00_core.")
+                                f"{', '.join(map(str, p.attn_layers))}, see attn_layers in 00_presets.")
     return train_attention(p, model, f"layer {layer}, L1" if kind == "l1" and p.attn_k else f"layer {layer}")
 
 # %% ../../nbs/paper2/20_saes.ipynb #994b0890
@@ -275,12 +304,23 @@ def plot_rates(
     fig, axes = plt.subplots(len(rates), 1, figsize=(6, .6 + .5*len(rates)), sharex=True, sharey=True, squeeze=False)
     edges = np.arange(np.floor(4*np.log10(rarest))/4, .26, .25)
     for ax,color,(layer,rate) in zip(axes[:, 0], shades(len(rates)), rates.items()):
-        ax.hist(np.log10(np.maximum(rate[rate > 0], rarest)), edges, color=color)
-        ax.axvline(np.log10(rarest), color="#999999", lw=.8, ls=":")
-        ax.set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center")
-        ax.text(.99, .9, f"{(rate == 0).sum()} never", transform=ax.transAxes, ha="right", va="top", fontsize=8)
-        ax.set(yticks=[])
-        ax.grid(False)
-    ax.set(xticks=range(int(np.ceil(edges[0])), 1), xlabel="share of tokens at which a feature fires")
-    ax.set_xticklabels([f"{100*10.**k:g}%" for k in ax.get_xticks()])
+        _ridge(ax, layer, rate, rarest, edges, color)
+    _rate_axis(ax, edges)
     return fig
+
+# %% ../../nbs/paper2/20_saes.ipynb #a0c1c49f
+def _ridge(ax, layer, rate, rarest, edges, color):
+    "One layer's rates as a histogram, on a logarithm; dotted, the rarest."
+    ax.hist(np.log10(np.maximum(rate[rate > 0], rarest)), edges, color=color)
+    ax.axvline(np.log10(rarest), color="#999999", lw=.8, ls=":")
+    ax.set_ylabel(f"layer {layer}", rotation=0, ha="right", va="center")
+    ax.text(.99, .9, f"{(rate == 0).sum()} never", transform=ax.transAxes, ha="right", va="top", fontsize=8)
+    ax.set(yticks=[])
+    ax.grid(False)
+
+# %% ../../nbs/paper2/20_saes.ipynb #bc1de65c
+def _rate_axis(ax, edges):
+    "Powers of ten as percentages."
+    powers = range(int(np.ceil(edges[0])), 1)
+    ax.set_xticks(powers, [f"{100*10.**k:g}%" for k in powers])
+    ax.set_xlabel("share of tokens at which a feature fires")
