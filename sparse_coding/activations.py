@@ -201,7 +201,7 @@ def _run_shard(model, rows, meta, sites, a, b, bar):
             got, declared = found[0].shape[1], meta["sites"][str(s)]
             if got != declared:
                 raise SparseCodingError(f"{s} gave vectors of {got} numbers where the model declares {declared}: "
-                                        "its architecture is not described rightly in LAYOUTS of 02_models.")
+                                        "its architecture is not described rightly in LAYOUTS of sparse_coding.models.")
             parts[s].append(found)
         bar.update(tokens.size)
     return parts

@@ -75,7 +75,8 @@ def claims() -> dict[str, Claim]: # by id, in the order of the papers
     for part in PARTS:
         package, page = f"sparse_coding.{part}", f"sparse_coding.{part}.claims"
         if importlib.util.find_spec(package) and importlib.util.find_spec(page): importlib.import_module(page)
-    return importlib.import_module("sparse_coding.ledger").CLAIMS             # also when asked in this notebook
+    found = importlib.import_module("sparse_coding.ledger").CLAIMS.values()      # also when asked in this notebook
+    return {c.id: c for c in sorted(found, key=lambda c: PARTS.index(c.page.split("/")[0]))}
 
 # %% ../nbs/foundation/05_ledger.ipynb #741389e2
 def ledger_path(

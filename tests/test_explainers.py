@@ -221,7 +221,8 @@ SCRIPT = """
 import sys, openai._base_client
 sys.path.insert(0, {tests!r})
 from test_explainers import Words, examples
-from sparse_coding.paper1.explaining import ApiModel, Client
+from sparse_coding.judge_client import Client
+from sparse_coding.paper1.explaining import ApiModel
 shown = [examples([[i % 3, 1, 2, 0, i]], [1]) for i in range(20)]
 j = ApiModel(Words(), Client("test", {url!r}, workers=3), mode="list")
 try:
