@@ -39,7 +39,7 @@ def test_the_interval_over_text_has_the_width_of_a_mean():
 
 def test_dictionaries_measured_on_other_pieces_are_refused():
     a, b = (dict(l0=1., fvu=.5, mse=1., batches=[dict(n=n, l0=1., mse=1.)]) for n in (5, 6))
-    with pytest.raises(SparseCodingError, match="different pieces"): over_text([a, b], lambda f: 0.)
+    with pytest.raises(SparseCodingError, match="different texts"): over_text([a, b], lambda f: 0.)
 
 
 def test_what_is_common_to_all_dictionaries_cancels_in_a_ratio():
