@@ -32,6 +32,7 @@ from .models import LanguageModel
 from .corpora import Rows, load_rows
 from .activations import ActivationStore, load_store
 from .dictionaries import Dictionary
+from .splicing import Placed
 from .study import study_sites
 
 # %% ../nbs/foundation/17_evidence.ipynb #6177c642
@@ -203,30 +204,26 @@ def _halved(t):
 # %% ../nbs/foundation/17_evidence.ipynb #2620a3b9
 def evidence(
     p:Preset, # in force
-    model:LanguageModel, # under study
-    sae:Dictionary, # whose features
-    site:Site, # where it reads
-    store:FragmentStore=None, # the preset's if not given
+    placed:Placed, # a dictionary; the preset's fragments are taken where it has no store
 ) -> "Evidence":
-    "Evidence for all features of a dictionary, collected once; raises for a dictionary of another model or site."
-    sae.check(model, site)
-    store = store or fragment_store(p, model)
+    "Evidence for all features of a dictionary, collected once."
+    if placed.store is None: placed = replace(placed, store=fragment_store(p, placed.model))
+    sae, store, site = placed.sae, placed.store, placed.site
     config = dict(dictionary=fingerprint(sae), store=store.folder.name, site=str(site), drop_first=store.drop_first,
                   max_norm=store.max_norm, eot_id=store.eot_id)
     def compute(folder):
         state = collect(sae, store, site, folder)
         save_file({k: _halved(v).contiguous() for k,v in state.items()}, folder/"evidence.safetensors")
-    return Evidence(load_or_compute("evidence", config, compute, code=(collect, Dictionary.encode)), store, site)
+    return Evidence(load_or_compute("evidence", config, compute, code=(collect, Dictionary.encode)), placed)
 
 # %% ../nbs/foundation/17_evidence.ipynb #f951a568
 class Evidence:
     "What is known of every feature of a dictionary from one pass over the fragments."
     def __init__(self, folder:Path, # as written by `evidence`
-                 store:FragmentStore, # the fragments
-                 site:Site): # of the dictionary
+                 placed:Placed): # the dictionary, with the fragments as its store
         self.found = load_file(Path(folder)/"evidence.safetensors")
-        self.store, self.site, self.tokens = store, site, store.tokens
-        self.keep = store.keep(site).view(len(self.tokens), -1).numpy()
+        self.placed, self.tokens = placed, placed.store.tokens
+        self.keep = placed.store.keep(placed.site).view(len(self.tokens), -1).numpy()
         self.fires, self.n_fragments = self.found["fires"], self.found["fragments"]
         self.n_tokens = int(self.found["tokens"])
 

@@ -9,7 +9,7 @@ from sparse_coding.models import load_model
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import ActivationStore, load_store
 from sparse_coding.dictionaries import TopKSAE, fixed, random_rotation
-from sparse_coding.splicing import feature_acts
+from sparse_coding.splicing import Placed
 from sparse_coding.evidence import (Collector, Evidence, Examples, FragmentStore, collect, ev_correlation_score,
     evidence, fingerprint, first_usable, scores)
 from tiny import sparse, tiny_model
@@ -97,7 +97,7 @@ def test_the_mark_between_documents_does_not_count(tiny, tmp_path):
 
 def test_shown_scored_and_spare_are_the_protocols(tiny, own_cache):
     model, store = tiny
-    found = evidence(None, model, sparse(), SITE, store)
+    found = evidence(None, Placed(model, sparse(), store, SITE))
     f = first_usable(found, 1)[0]
     top = found.examples("top", f)
     assert found.shown(f).ids.tolist() == top.ids[[0, 4, 8, 12, 16]].tolist()
@@ -108,7 +108,7 @@ def test_shown_scored_and_spare_are_the_protocols(tiny, own_cache):
         assert len(random) == 5 and (random.acts != 0).any(1).all()
         parts = [found.shown(f), found.scored_top(f), random, found.spare(f)]
         assert len(set(np.concatenate([e.ids for e in parts]))) == sum(map(len, parts))
-    torch.testing.assert_close(torch.tensor(top.acts), feature_acts(sparse(), store, SITE, [found.shown(f) and first_usable(found, 1)[0]])[top.ids, :, 0],
+    torch.testing.assert_close(torch.tensor(top.acts), found.placed.acts([found.shown(f) and first_usable(found, 1)[0]])[top.ids, :, 0],
                                rtol=2e-3, atol=1e-3)
     rare = (~found.usable).nonzero()[:, 0].tolist()
     assert rare and not set(rare) & set(first_usable(found, None))
@@ -120,7 +120,7 @@ def test_evidence_is_the_dictionarys_own(tiny, own_cache):
     assert fingerprint(sparse(cls=TopKSAE, k=3)) != fingerprint(sparse(cls=TopKSAE, k=4))
     sae = sparse()
     sae.metadata["model_fingerprint"] = "another"
-    with pytest.raises(SparseCodingError, match="another model"): evidence(None, model, sae, SITE, store)
+    with pytest.raises(SparseCodingError, match="another model"): evidence(None, Placed(model, sae, store, SITE))
 
 
 def test_correlation_is_over_all_counted_tokens():
@@ -139,7 +139,7 @@ def test_correlation_is_over_all_counted_tokens():
 
 def test_a_simulator_that_peeks_is_caught(tiny, own_cache):
     model, store = tiny
-    found = evidence(None, model, sparse(), SITE, store)
+    found = evidence(None, Placed(model, sparse(), store, SITE))
     class Peeks:
         def explain(self, shown): return [""]*len(shown)
         def simulate(self, explanations, blind): return [e.acts for e in blind]
