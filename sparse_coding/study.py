@@ -20,7 +20,7 @@ from .runs import load_or_compute, read_json
 from .models import LanguageModel
 from .corpora import load_rows
 from .activations import ActivationStore, batches, load_store
-from .dictionaries import Dictionary, load_dictionary
+from .dictionaries import Dictionary, load_saved
 from .firing import in_order, moments
 from .trainer import build, course, input_scale, save_dictionaries, train, train_recipes
 
@@ -142,7 +142,7 @@ def dictionary(
     recipe:Recipe, # which one
 ) -> Dictionary: # in the model's units, trained first if need be
     "The dictionary a recipe names. Later sections ask here and never train."
-    return load_dictionary(dictionary_folder(p, model, recipe)).check(model, recipe.site)
+    return load_saved(dictionary_folder(p, model, recipe)).check(model, recipe.site)
 
 # %% ../nbs/foundation/16_study.ipynb #a2f2e1b3
 def fires(

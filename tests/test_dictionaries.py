@@ -8,8 +8,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from sparse_coding.presets import Site, SparseCodingError
-from sparse_coding.dictionaries import (TiedSAE, TopKSAE, UntiedSAE, evaluate, load_dictionary, matched_cosines,
-    max_cosines, mmcs, total_variance)
+from sparse_coding.dictionaries import (TiedSAE, TopKSAE, UntiedSAE, evaluate, load_saved, matched_cosines, max_cosines,
+    mmcs, total_variance)
+from sparse_coding.suites import load_dictionary
 
 D_IN, D_SAE = 3, 5
 
@@ -82,7 +83,7 @@ def test_reads_a_topk_file(tmp_path, x):
 def test_reads_a_tied_file(tmp_path, x):
     t = weights(3)
     t["W_enc"], t["b_dec"] = np.ascontiguousarray(t["W_dec"].T), np.zeros(D_IN, dtype=np.float32)
-    d = load_dictionary(lay_out(tmp_path, cfg(metadata={"tied": True}, apply_b_dec_to_input=False), t))
+    d = load_dictionary(lay_out(tmp_path, cfg(metadata={"tied": True, "norm": "project"}, apply_b_dec_to_input=False), t))
     assert type(d) is TiedSAE
     agrees(d, x, by_numpy(x.numpy(), t, subtract=False))
 
@@ -134,9 +135,10 @@ def test_what_we_write_follows_the_documented_forward_pass(tmp_path, x, d):
     assert config["metadata"]["hook_name"] == Site(4, "resid_post").hook_name
     np.testing.assert_allclose(np.linalg.norm(t["W_dec"], axis=1), 1, atol=1e-6)
     agrees(d, x, by_numpy(x.numpy(), t, config["apply_b_dec_to_input"], config.get("k")))
-    back = load_dictionary(tmp_path)
+    back = load_saved(tmp_path)
+    assert torch.equal(load_dictionary(tmp_path)(x), back(x))
     assert type(back) is type(d) and torch.equal(back.W_dec, d.W_dec.detach()) and torch.equal(back.W_enc, d.W_enc.detach())
-    assert load_dictionary(back.save(tmp_path/"again")).metadata == back.metadata
+    assert load_saved(back.save(tmp_path/"again")).metadata == back.metadata
 
 
 def test_attention_files_say_that_heads_are_flattened(tmp_path):
@@ -147,13 +149,14 @@ def test_attention_files_say_that_heads_are_flattened(tmp_path):
 
 
 @pytest.mark.parametrize("break_it, says", [
-    (lambda c, t: c.update(architecture="gated"), "architecture is 'gated'"),
+    (lambda c, t: c.update(architecture="gated"), "hold no b_gate"),
+    (lambda c, t: c.update(architecture="temporal"), "architecture is 'temporal'"),
     (lambda c, t: c.pop("architecture"), "architecture is None"),
     (lambda c, t: c.update(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),
-    (lambda c, t: c.update(d_in=4), "W_enc has shape"),
+    (lambda c, t: c.update(d_in=4), "has shape"),
     (lambda c, t: t.pop("b_dec"), "hold no b_dec"),
     (lambda c, t: t["b_enc"].__setitem__(0, np.nan), "b_enc holds NaN"),
-    (lambda c, t: c["metadata"].update(tied=True), "calls itself tied"),
+    (lambda c, t: c["metadata"].update(tied=True, norm="project"), "calls itself tied"),
 ])
 def test_refuses_what_it_cannot_honour(tmp_path, break_it, says):
     c, t = cfg(), weights()
@@ -162,15 +165,15 @@ def test_refuses_what_it_cannot_honour(tmp_path, break_it, says):
 
 
 def test_refuses_missing_and_damaged_files(tmp_path):
-    with pytest.raises(SparseCodingError, match="cfg.json is missing"): load_dictionary(tmp_path/"nowhere")
-    lay_out(tmp_path, cfg(), weights())
+    with pytest.raises(SparseCodingError, match="cfg.json is missing"): load_saved(tmp_path/"nowhere")
+    lay_out(tmp_path, cfg(metadata={"tied": False, "norm": "project"}), weights())
     whole = (tmp_path/"sae_weights.safetensors").read_bytes()
     (tmp_path/"sae_weights.safetensors").write_bytes(whole[:-7])
-    with pytest.raises(SparseCodingError, match="missing or damaged"): load_dictionary(tmp_path)
+    with pytest.raises(SparseCodingError, match="missing or damaged"): load_saved(tmp_path)
     (tmp_path/"sae_weights.safetensors").unlink()
-    with pytest.raises(SparseCodingError, match="missing or damaged"): load_dictionary(tmp_path)
+    with pytest.raises(SparseCodingError, match="missing or damaged"): load_saved(tmp_path)
     (tmp_path/"cfg.json").write_text("{")
-    with pytest.raises(SparseCodingError, match="not readable as JSON"): load_dictionary(tmp_path)
+    with pytest.raises(SparseCodingError, match="not readable as JSON"): load_saved(tmp_path)
 
 
 @pytest.mark.parametrize("make", [lambda: TiedSAE(D_IN, D_SAE), lambda: UntiedSAE(D_IN, D_SAE, pre_bias=True),
