@@ -176,9 +176,8 @@ def bench_fragments(
     "What collecting evidence for every feature adds to the model's own forward pass, side by side in one run."
     model, site = load_model(p.model, fold=p.fold), p.site
     text = load_rows(p.corpus, model, "train", n_fragments*FRAGMENT, FRAGMENT, seed=p.seed)
-    placed = Placed(model, TiedSAE(model.d_in(site), ratio*model.d_in(site)), site=site)
-    ways = evidence_ways(as_sparse(placed, text.tokens[:16]), torch.tensor(text.tokens).long())
-    seconds = interleave_times(ways, rounds)
+    placed = as_sparse(Placed(model, TiedSAE(model.d_in(site), ratio*model.d_in(site)), site=site), text.tokens[:16])
+    seconds = interleave_times(evidence_ways(placed, torch.tensor(text.tokens).long()), rounds)
     bare = seconds["model up to the layer"]
     return [{"way": way, "fragments_per_second": len(text)/statistics.median(times),
              "times_the_model": 1/median_ratio(bare, times), "d_sae": placed.sae.d_sae, "site": str(site),
