@@ -22,25 +22,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .presets import Site
+from .presets import Site, SparseCodingError
 from .runs import fast_matmul
-from .models import LanguageModel
 from .partial_runs import renumber
-from .dictionaries import Dictionary
+from .splicing import Placed
 from .prompts import Pairs
 
 # %% ../nbs/foundation/21_search.ipynb #bc3f6fab
 class Patching:
-    "Two runs of the model over pairs of sentences, and what is between; raises for a dictionary of another place."
+    "Two runs of the model over pairs of sentences, and what is between; raises outside the residual stream."
     def __init__(self,
-        model:LanguageModel, # under study
+        placed:Placed, # a dictionary at its site, of the residual stream
         pairs:Pairs, # of sentences
-        layer:int, # of the residual stream that is patched
-        sae:Dictionary, # in whose features
     ):
-        sae = sae.check(model, Site(layer))
+        model, sae, site = placed.model, placed.sae, placed.site
+        if site.kind != "resid_post": raise SparseCodingError(f"Only the residual stream can be patched, not {site}.")
         self.sae = sae if sae.M.device == model.device else copy.deepcopy(sae).to(model.device)
-        self.model, self.pairs, self.layer = model, pairs, layer
+        self.placed, self.model, self.pairs, self.layer = placed, model, pairs, site.layer
         self.see = torch.arange(pairs.base.numel()).view_as(pairs.base)
         with torch.inference_mode(), fast_matmul(model.device): self._run_both()
         self._find_changes()

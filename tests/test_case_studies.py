@@ -12,7 +12,7 @@ from sparse_coding.models import load_model, unembedded
 from sparse_coding.corpora import load_rows
 from sparse_coding.activations import load_store
 from sparse_coding.dictionaries import fixed
-from sparse_coding.splicing import ablate
+from sparse_coding.splicing import Placed, ablate
 from sparse_coding.evidence import FragmentStore
 from sparse_coding.paper1.what_it_reads import (about, active_on, candidates, next_tokens, overlap, own_purity,
     plot_tokens, purity, ranges, recall, token_group, token_mass)
@@ -20,6 +20,9 @@ from sparse_coding.paper1.what_it_does import announced, effect, expected, steer
 from tiny import sparse, tiny_model
 
 SITE = Site(2)
+
+
+def at(model, store=None, sae=None): return Placed(model, sparse() if sae is None else sae, store, SITE)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])
@@ -42,16 +45,16 @@ def test_mass_is_the_sum_over_tokens(tiny, codes):
     model, store = tiny
     tokens = torch.from_numpy(np.array(store.tokens, np.int64))
     for ids in (tokens, torch.from_numpy(next_tokens(store.tokens).astype(np.int64))):
-        mass = token_mass(sparse(), store, SITE, None if ids is tokens else ids.numpy())
+        mass = token_mass(at(model, store), None if ids is tokens else ids.numpy())
         for t in ids.unique()[:40].tolist():
             if t >= 0: torch.testing.assert_close(mass[t], codes[ids == t].sum(0), rtol=1e-3, atol=1e-2)
         torch.testing.assert_close(mass.sum(0), codes[ids >= 0].sum(0), rtol=1e-3, atol=1e-2)
 
 
 def test_negative_codes_have_no_mass(tiny):
-    _, store = tiny
-    signed = fixed(torch.eye(32), signed=True)
-    positive, negative = token_mass(signed, store, SITE), token_mass(fixed(-torch.eye(32)), store, SITE)
+    model, store = tiny
+    both = fixed(torch.eye(32), signed=True), fixed(-torch.eye(32))
+    positive, negative = (token_mass(at(model, store, sae)) for sae in both)
     assert (positive >= 0).all() and (negative >= 0).all()
     x = store.read(SITE, 0, store.n)[store.keep(SITE)]
     torch.testing.assert_close(positive.sum(0) - negative.sum(0), x.sum(0), rtol=1e-3, atol=.5)
@@ -76,12 +79,11 @@ def test_prompt_search_is_the_last_token(tiny):
     model, _ = tiny
     prompt = "it's 3 apples"
     c = sparse().encode(model.run_to(model.tokenize(prompt), SITE)[SITE][0, -1])
-    table = active_on(model, sparse(), SITE, prompt, torch.zeros(48), n=5)
+    table = active_on(at(model), prompt, torch.zeros(48), n=5)
     assert [r["feature"] for r in table] == c.argsort(descending=True)[:5].tolist()
     everywhere = torch.zeros(48)
     everywhere[table[0]["feature"]] = .5
-    assert [r["feature"] for r in active_on(model, sparse(), SITE, prompt, everywhere, n=4)] == [r["feature"] for r in table[1:]]
-    with pytest.raises(SparseCodingError): active_on(model, sparse(), Site(99), prompt, everywhere)
+    assert [r["feature"] for r in active_on(at(model), prompt, everywhere, n=4)] == [r["feature"] for r in table[1:]]
 
 
 def test_explanations_are_searched_as_text():
@@ -147,7 +149,7 @@ def test_ablation_is_a_plain_hook(tiny, codes):
     model, store = tiny
     feature = int((codes > 0).sum((0, 1)).argmax())
     tokens, keep, sae = np.asarray(store.tokens[:3]), store.keep(SITE).view(store.tokens.shape)[:3], sparse()
-    got = effect(model, sae, SITE, feature, tokens, keep.numpy(), size=2)
+    got = effect(at(model, sae=sae), feature, tokens, keep.numpy(), size=2)
     ids = torch.from_numpy(tokens.astype(np.int64))
     def by_hand(module, args, out):
         x = out[0] if isinstance(out, tuple) else out
@@ -177,8 +179,7 @@ def test_an_inactive_feature_changes_nothing(tiny, codes):
     off = (sae.encode(x) == 0).all(0).nonzero()[:, 0].tolist()
     assert off and torch.equal(ablate(sae, x, off), x)
     with pytest.raises(SparseCodingError, match="fires nowhere"):
-        effect(model, sae, SITE, off[0], store.tokens[:1], np.ones((1, 64), bool))
-    with pytest.raises(SparseCodingError): effect(model, sae, Site(2, "mlp_out"), 0, store.tokens[:1], np.ones((1, 64), bool)) if model.d_model != sae.d_in else effect(model, sae, Site(77), 0, store.tokens[:1], np.ones((1, 64), bool))
+        effect(at(model, sae=sae), off[0], store.tokens[:1], np.ones((1, 64), bool))
 
 
 def test_several_features_are_taken_out_at_once(tiny):

@@ -11,6 +11,7 @@ from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.ledger import claims
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import fixed, random_rotation
+from sparse_coding.splicing import Placed
 from sparse_coding.prompts import Pairs
 from sparse_coding.search import Patching, acdc, acdc_plainly, attribution, midpoints, ranked
 from sparse_coding.paper1 import fewest_features as localise
@@ -32,6 +33,9 @@ def made_pairs(n=6, seq=9, at=(3, 5), seed=0):
 def sparse(**how): return tiny.sparse(**{"bias": -.4, "most": 2., **how})
 
 
+def patching(model, n=6, sae=None): return Patching(Placed(model, sparse() if sae is None else sae, site=Site(LAYER)), made_pairs(n))
+
+
 @pytest.fixture(scope="module", params=["llama", "gpt_neox", "gpt2"])
 def model(request, tmp_path_factory): return load_model(str(tiny_model(tmp_path_factory.mktemp("ioi")/request.param, request.param)))
 
@@ -42,8 +46,8 @@ def llama(tmp_path_factory): return load_model(str(tiny_model(tmp_path_factory.m
 
 @torch.inference_mode()
 def test_patching_is_the_plain_forward_pass_with_the_stream_edited(model):
-    pairs, sae = made_pairs(), sparse()
-    case = Patching(model, pairs, LAYER, sae)
+    case = patching(model)
+    pairs, sae = case.pairs, case.sae
     assert 0 < len(case.live) < sae.d_sae and case.start[:, case.live].min(1).values.tolist() == [3, 5]*3
     F = case.live[::2]
     x, bar = (model.run_to(t, Site(LAYER))[Site(LAYER)] for t in (pairs.base, pairs.target))
@@ -63,7 +67,7 @@ def test_patching_is_the_plain_forward_pass_with_the_stream_edited(model):
 @torch.inference_mode()
 def test_a_path_is_one_plain_patch_per_visit(model):
     "Each visit's divergence from whole rows of its own, whatever was expected to go before it; and the keys it leaves."
-    case, rng = Patching(model, made_pairs(), LAYER, sparse()), np.random.default_rng(5)
+    case, rng = patching(model), np.random.default_rng(5)
     state, todo = search.start_search(case, case.live), rng.permutation(case.live).tolist()
     goes = {j: bool(rng.random() < .6) for j in todo}
     path, _ = search.try_path(case, state, todo, 0., {j: -1. if g else 1. for j,g in goes.items()}, 10_000)
@@ -84,7 +88,7 @@ def test_a_path_is_one_plain_patch_per_visit(model):
 
 @torch.inference_mode()
 def test_all_features_of_an_invertible_dictionary_are_the_target(model):
-    case = Patching(model, made_pairs(), LAYER, fixed(random_rotation(32, 1), signed=True))
+    case = patching(model, sae=fixed(random_rotation(32, 1), signed=True))
     torch.testing.assert_close(case.x + case.edit(case.live), case.x + case.change, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(case.logits(case.edit(case.live)), model.logits(case.pairs.target)[:, -1], atol=2e-4, rtol=1e-4)
     assert case.kl(case.edit(case.live)).max() < 1e-5
@@ -92,7 +96,7 @@ def test_all_features_of_an_invertible_dictionary_are_the_target(model):
 
 @torch.inference_mode()
 def test_features_with_equal_codes_change_nothing(llama):
-    case = Patching(llama, made_pairs(), LAYER, sparse())
+    case = patching(llama)
     dead = [j for j in range(48) if j not in case.live]
     assert dead and torch.equal(case.edit(dead), torch.zeros_like(case.edit([])))
     torch.testing.assert_close(case.logits(case.edit(dead)), llama.logits(case.pairs.base)[:, -1], atol=1e-4, rtol=1e-5)
@@ -101,9 +105,14 @@ def test_features_with_equal_codes_change_nothing(llama):
         if gone.any(): assert not case.edit([j])[gone].any()
 
 
+def test_only_the_residual_stream_is_patched(llama):
+    with pytest.raises(SparseCodingError, match="not mlp_out.2"):
+        Patching(Placed(llama, sparse(), site=Site(LAYER, "mlp_out")), made_pairs())
+
+
 def eight(llama, n=5):
     "A case of eight features, some of which stand in for each other."
-    case = Patching(llama, made_pairs(n), LAYER, sparse())
+    case = patching(llama, n)
     case.live = sorted(case.live, key=lambda j: -float(case.delta[..., j].abs().sum()))[:8]
     return case
 
@@ -131,7 +140,7 @@ def test_acdc_replays_the_rule_on_all_subsets(llama, table, seed, positions):
 
 @torch.inference_mode()
 def test_a_curve_says_what_its_sets_do(llama):
-    case = Patching(llama, made_pairs(), LAYER, sparse())
+    case = patching(llama)
     with torch.inference_mode(False): curve = acdc(case, (1e-4, 1e-2, .3), seed=2)
     for k in range(0, len(curve.count), 5):
         edit = case.edit(curve.features[:k])
@@ -157,7 +166,7 @@ def test_an_interrupted_search_goes_on_from_its_last_sweep(llama, tmp_path, monk
 
 
 def test_attribution_is_the_derivative_and_integrated_gradients_add_up(llama):
-    case = Patching(llama, made_pairs(4), LAYER, sparse())
+    case = patching(llama, 4)
     slope = attribution(case)
     assert not slope[[j for j in range(48) if j not in case.live]].any()
     with torch.inference_mode():

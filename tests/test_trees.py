@@ -15,7 +15,7 @@ from sparse_coding.activations import load_store
 from sparse_coding.dictionaries import TiedSAE
 from sparse_coding.evidence import FragmentStore, evidence
 from sparse_coding.lexicon import TokenLexicon
-from sparse_coding.paper1.causes import Causes, Chain, Contexts, causes, draw_contexts, edges, find_causes, grow
+from sparse_coding.paper1.causes import Causes, Chain, DrawnContexts, causes, draw_contexts, edges, find_causes, grow
 import sparse_coding.paper1.causes as trees
 from tiny import TEXT, tiny_model
 
@@ -179,7 +179,7 @@ def test_causes_are_kept(llama, monkeypatch):
 
 def made(drop, activity):
     drop, activity = np.array(drop, float), np.array(activity, float)
-    return Causes(Contexts(np.arange(len(drop)), np.arange(len(drop))), np.ones(len(drop)), drop, drop, activity)
+    return Causes(DrawnContexts(np.arange(len(drop)), np.arange(len(drop))), np.ones(len(drop)), drop, drop, activity)
 
 
 def test_edges_are_means_with_intervals_against_features_of_equal_activity():
@@ -191,7 +191,7 @@ def test_edges_are_means_with_intervals_against_features_of_equal_activity():
     near = trees.peers(found.activity.sum(0), 50, 10)
     assert sorted(near) == sorted(np.argsort(np.abs(np.log(np.arange(1, 101)) - np.log(51)))[1:11]) and 50 not in near
     assert edge["null"] == pytest.approx(np.quantile(found.weight[trees.peers(found.activity.sum(0), 0)], .95))
-    assert trees.strongest(found, 3) == [0] and len(trees.strongest(found, 3, -1.)) == 3
+    assert trees.strongest_causes(found, 3) == [0] and len(trees.strongest_causes(found, 3, -1.)) == 3
     half = edges(found, [0], slice(1, None, 2))[0]
     assert half["weight"] == pytest.approx(drop[1::2, 0].mean())
 
@@ -238,7 +238,7 @@ def test_a_tree_of_a_chain(llama):
         assert e["weight"] == pytest.approx(causes(llama, u, k, 5).weight[j])
     label = trees.words(llama, [e["cause"] for e in tree])
     said, lexicon = trees.explanations(preset("quick"), llama, [(1, 5), (4, feature)], 2), TokenLexicon(8)
-    found = evidence(preset("quick"), llama.model, llama.saes[4], Site(4), llama.store)
+    found = evidence(preset("quick"), llama.placed[4])
     ids = lexicon.explain([found.shown(feature)])[0].tokens
     assert said[4, feature].split("  ") == list(dict.fromkeys(trees._quoted(trees.printable(t).strip(" ") or "␣") for t in llama.model.str_tokens(ids)))[:2]
     acts = llama.acts(*(first := tree[0]["cause"])[:1], [first[1]])[..., 0]

@@ -10,8 +10,6 @@ import numpy as np
 from jaxtyping import Float
 
 from ..presets import SparseCodingError
-from ..dictionaries import Dictionary
-from ..splicing import feature_acts
 from ..evidence import Evidence, Examples, Judge, ev_correlation_score
 
 # %% ../../nbs/paper1/33_controls.ipynb #5ccdc716
@@ -30,7 +28,6 @@ def unseen(
 def score_by_fragments(
     explainer:Judge, # explains and simulates
     found:Evidence, # of a dictionary
-    sae:Dictionary, # the same
     counts:tuple, # of scored fragments, rising
     n:int=150, # features, of those that fire often enough
 ) -> Float[np.ndarray, "features counts"]:
@@ -38,7 +35,7 @@ def score_by_fragments(
     features = (found.n_fragments >= max(counts) + 5).nonzero()[:n, 0].tolist()
     if not features:
         raise SparseCodingError(f"No feature fires in {max(counts) + 5} fragments: ask for fewer, or take more text.")
-    acts = feature_acts(sae, found.store, found.site, features).numpy()
+    acts = found.placed.acts(features).numpy()
     explanations, rows = explainer.explain([found.shown(f) for f in features]), []
     for k,(f,text) in enumerate(zip(features, explanations)):
         scored = unseen(found, f, acts[..., k], max(counts))

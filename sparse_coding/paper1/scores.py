@@ -19,6 +19,7 @@ from ..stats import redrawn_means, with_interval
 from ..plots import COLORS
 from ..models import LanguageModel
 from ..dictionaries import Dictionary
+from ..splicing import Placed
 from ..study import dictionary
 from ..evidence import Judge, evidence, first_usable, scores
 from .baselines import baseline
@@ -48,7 +49,7 @@ def method_scores(
     found = {name: {} for name in names}
     for site in sites:
         for name in tqdm(names, desc=f"scores at {site}", leave=False, delay=2):
-            seen = evidence(p, model, method_dictionary(p, model, site, name), site)
+            seen = evidence(p, Placed(model, method_dictionary(p, model, site, name)))
             found[name][site] = scores(explainer, seen, first_usable(seen, n))
     return found
 

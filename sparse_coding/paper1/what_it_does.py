@@ -21,8 +21,7 @@ from ..stats import mean_ci
 from ..plots import COLORS
 from ..models import LanguageModel
 from ..corpora import readable
-from ..dictionaries import Dictionary
-from ..splicing import ablate
+from ..splicing import Placed, ablate
 from .what_it_reads import next_tokens, token_mass
 
 # %% ../../nbs/paper1/51_what_it_does.ipynb #35a89b9e
@@ -59,20 +58,21 @@ class Effect:
     logits: Float[Tensor, "vocab"] # with the feature minus without, mean over places, less their mean over tokens
 
 # %% ../../nbs/paper1/51_what_it_does.ipynb #ff3beb8b
-def _twice(model, sae, site, feature, x, keep, on):
+def _twice(placed, feature, x, keep, on):
     "Logits where a feature is active, with it and without."
-    both = torch.cat([x, ablate(sae, x, [feature], keep)])
-    h = model.above(site.layer, both)(inputs_embeds=both, use_cache=False).last_hidden_state[torch.cat([on, on])]
+    model, both = placed.model, torch.cat([x, ablate(placed.sae, x, [feature], keep)])
+    run = model.above(placed.site.layer, both)
+    h = run(inputs_embeds=both, use_cache=False).last_hidden_state[torch.cat([on, on])]
     return model.hf.get_output_embeddings()(h).chunk(2)
 
 # %% ../../nbs/paper1/51_what_it_does.ipynb #d0f525d8
-def _effect(model, sae, site, feature, tokens, keep):
+def _effect(placed, feature, tokens, keep):
     "Next tokens, drops, and the summed change of logits, for a few fragments."
-    with fast_matmul(model.device):
-        x = model.run_to(tokens, site)[site]
-        on = (sae.encode(x)[..., feature] > 0) & keep
+    with fast_matmul(placed.model.device):
+        x = placed.model.run_to(tokens, placed.site)[placed.site]
+        on = (placed.sae.encode(x)[..., feature] > 0) & keep
         on[:, -1] = False
-        z = _twice(model, sae, site, feature, x, keep, on)
+        z = _twice(placed, feature, x, keep, on)
     following = tokens.roll(-1, 1)[on]
     p, q = (v.log_softmax(-1).gather(1, following[:, None])[:, 0] for v in z)
     return following.cpu(), (p - q).double().cpu(), (z[0] - z[1]).sum(0, keepdim=True).cpu()
@@ -80,18 +80,15 @@ def _effect(model, sae, site, feature, tokens, keep):
 # %% ../../nbs/paper1/51_what_it_does.ipynb #5d58875a
 @torch.inference_mode()
 def effect(
-    model:LanguageModel, # under study
-    sae:Dictionary, # at the site
-    site:Site, # of the residual stream
+    placed:Placed, # a dictionary at its site, of the residual stream
     feature:int, # to be taken out
     tokens:Int[np.ndarray, "fragments seq"], # text in which it fires
     keep:Bool[np.ndarray, "fragments seq"], # places that count
     size:int=8, # fragments at once
 ) -> Effect:
     "The effect of a feature on what the model predicts next; raises where it never fires."
-    sae.check(model, site)
-    at = lambda v, a: torch.from_numpy(np.array(v[a:a + size])).to(model.device)
-    parts = [_effect(model, sae, site, feature, at(tokens, a), at(keep, a)) for a in range(0, len(tokens), size)]
+    at = lambda v, a: torch.from_numpy(np.array(v[a:a + size])).to(placed.model.device)
+    parts = [_effect(placed, feature, at(tokens, a), at(keep, a)) for a in range(0, len(tokens), size)]
     following, drop, change = (torch.cat(v) for v in zip(*parts))
     if not len(drop): raise SparseCodingError(f"Feature {feature} fires nowhere in these {len(tokens)} fragments: "
                                               "give some in which it does.")

@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..presets import Site, SparseCodingError
+from ..presets import SparseCodingError
 from ..runs import fast_matmul
 from ..stats import share_ci
 from ..plots import COLORS
 from ..models import LanguageModel
 from ..corpora import readable, token_texts
-from ..dictionaries import Dictionary
-from ..evidence import Evidence, FragmentStore
+from ..splicing import Placed
+from ..evidence import Evidence
 from ..lexicon import TokenLexicon, in_words
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #659e8f23
@@ -35,13 +35,12 @@ def _labels(store, site, ids):
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #0634d044
 @torch.inference_mode()
 def token_mass(
-    sae:Dictionary, # of any kind
-    store:FragmentStore, # text with activations
-    site:Site, # where the dictionary reads
+    placed:Placed, # a dictionary at its site, with its text
     ids:Int[np.ndarray, "fragments seq"]=None, # another label for every token; -1 for places that do not count
     above:Float[Tensor, "d_sae"]=None, # per feature: count only activations above this
 ) -> Float[Tensor, "vocab d_sae"]: # units of the activations; negative codes count as 0
     "Summed activation of every feature by token."
+    sae, store, site = placed.sae, placed.store, placed.site
     labels, at, keep = _labels(store, site, ids)
     mass = torch.zeros(len(labels), sae.d_sae)
     for a in range(0, store.n, 2**13):
@@ -176,16 +175,14 @@ def with_words(
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #cf21934a
 @torch.inference_mode()
 def active_on(
-    model:LanguageModel, # under study
-    sae:Dictionary, # at the site
-    site:Site, # where the dictionary reads
+    placed:Placed, # a dictionary at its site
     prompt:str, # its last token counts
     density:Float[Tensor, "d_sae"], # share of tokens on which each feature is active
     at_most:float=.1, # leaves out what is active more often
     n:int=10, # how many
 ) -> list[dict]: # feature and activation, the strongest first
     "The features that respond to the end of a prompt."
-    c = sae.check(model, site).encode(model.run_to(model.tokenize(prompt), site)[site][0, -1]).cpu()
+    c = placed.codes(placed.model.tokenize(prompt))[0, -1].cpu()
     best = torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist()
     return [{"feature": j, "activation": float(c[j])} for j in best if c[j] > 0]
 
@@ -222,15 +219,14 @@ def own_purity(
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #bc9bbe50
 def split_purity(
-    sae:Dictionary, # of any kind
-    store:FragmentStore, # text with activations
-    site:Site, # where the dictionary reads
+    placed:Placed, # a dictionary at its site, with its text
     above:Float[Tensor, "d_sae"]=None, # count only activations above this, per feature
 ) -> Float[Tensor, "d_sae"]: # nan for features that are silent on either half
     "Purity of all features, each on its own five tokens: chosen on every other fragment, judged on the rest."
-    tokens, even = np.asarray(store.tokens), np.arange(len(store.tokens))[:, None] % 2 == 0
-    chosen = token_mass(sae, store, site, np.where(even, tokens, -1), above)
-    judged = token_mass(sae, store, site, np.where(even, -1, tokens), above)
+    tokens = np.asarray(placed.store.tokens)
+    even = np.arange(len(tokens))[:, None] % 2 == 0
+    chosen = token_mass(placed, np.where(even, tokens, -1), above)
+    judged = token_mass(placed, np.where(even, -1, tokens), above)
     return own_purity(chosen, judged)
 
 # %% ../../nbs/paper1/50_what_it_reads.ipynb #03dd27b4

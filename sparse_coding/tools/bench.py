@@ -21,7 +21,8 @@ from ..runs import best_matmul, cache_dir, fast_matmul, probe_matmul
 from ..models import LanguageModel, load_model
 from ..corpora import Rows, load_rows
 from ..activations import batch_rows, harvest, relative_error
-from ..dictionaries import Dictionary, TiedSAE
+from ..dictionaries import TiedSAE
+from ..splicing import Placed
 from ..study import dictionary
 from ..evidence import FRAGMENT, Collector
 from ..prompts import ioi_pairs
@@ -140,12 +141,11 @@ def bench_harvest(
 
 # %% ../../nbs/tools/80_bench.ipynb #3e3aa6a2
 def evidence_ways(
-    model:LanguageModel, # under study
-    sae:Dictionary, # whose features
-    site:Site, # where it reads
+    placed:Placed, # a dictionary at its site
     tokens, # fragments, [n, 64]
 ) -> dict: # name -> function without arguments
     "Run the model up to a site over fragments, without and with collecting evidence for all features."
+    model, sae, site = placed.model, placed.sae, placed.site
     size, keep = batch_rows(model, FRAGMENT), torch.ones(len(tokens), FRAGMENT).bool()
     def run(add):
         with torch.inference_mode(), fast_matmul(model.device):
@@ -157,15 +157,14 @@ def evidence_ways(
 
 # %% ../../nbs/tools/80_bench.ipynb #bf99c116
 def as_sparse(
-    sae:Dictionary, # untrained, changed in place
-    model:LanguageModel, # under study
-    site:Site, # where it reads
+    placed:Placed, # an untrained dictionary at its site, changed in place
     tokens, # some fragments
-) -> Dictionary: # the same
+) -> Placed: # the same
     "Set the biases so that each feature fires on 2% of some tokens."
-    x = model.run_to(tokens, site)[site][:, 1:].flatten(0, 1)
+    sae, site = placed.sae, placed.site
+    x = placed.model.run_to(tokens, site)[site][:, 1:].flatten(0, 1)
     sae.b_enc.data -= (x @ sae.W_enc).quantile(.98, 0)
-    return sae
+    return placed
 
 # %% ../../nbs/tools/80_bench.ipynb #b4114081
 def bench_fragments(
@@ -177,11 +176,11 @@ def bench_fragments(
     "What collecting evidence for every feature adds to the model's own forward pass, side by side in one run."
     model, site = load_model(p.model, fold=p.fold), p.site
     text = load_rows(p.corpus, model, "train", n_fragments*FRAGMENT, FRAGMENT, seed=p.seed)
-    sae = as_sparse(TiedSAE(model.d_in(site), ratio*model.d_in(site)), model, site, text.tokens[:16])
-    seconds = interleave_times(evidence_ways(model, sae, site, torch.tensor(text.tokens).long()), rounds)
+    placed = as_sparse(Placed(model, TiedSAE(model.d_in(site), ratio*model.d_in(site)), site=site), text.tokens[:16])
+    seconds = interleave_times(evidence_ways(placed, torch.tensor(text.tokens).long()), rounds)
     bare = seconds["model up to the layer"]
     return [{"way": way, "fragments_per_second": len(text)/statistics.median(times),
-             "times_the_model": 1/median_ratio(bare, times), "d_sae": sae.d_sae, "site": str(site),
+             "times_the_model": 1/median_ratio(bare, times), "d_sae": placed.sae.d_sae, "site": str(site),
              "fragments": len(text), "rounds": rounds} for way,times in seconds.items()]
 
 # %% ../../nbs/tools/80_bench.ipynb #8ab355bf
@@ -214,7 +213,7 @@ def to_search(
     for name in which:
         if name == "PCA": sae = baseline(p, model, p.site, "pca")
         else: sae = dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))
-        yield name, Patching(model, pairs, p.layer, sae)
+        yield name, Patching(Placed(model, sae), pairs)
 
 # %% ../../nbs/tools/80_bench.ipynb #4c4f37e4
 def bench_acdc(
