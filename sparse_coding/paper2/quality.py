@@ -347,7 +347,7 @@ def attribute(
     at:Iterable[int], # one position per row
     batch:int=8, # rows per forward pass
 ) -> list[Attribution]: # one per row
-    "Direct feature attribution of one feature at one token of each row; raises for a dictionary of another site."
+    "Direct feature attribution of one feature at one token of each row; raises for a dictionary that is not at attn_z."
     if (site := placed.site).kind != "attn_z":
         raise SparseCodingError(f"This dictionary is at {site}, where heads cannot be told apart: give one at attn_z.")
     E, bias = placed.sae.W_enc.T, encoder_bias(placed.sae)
