@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from sparse_coding.presets import PRESETS, Preset, Site, SparseCodingError
 from sparse_coding.runs import write_json
 from sparse_coding.models import load_model
-from sparse_coding.dictionaries import TopKSAE, UntiedSAE, load_dictionary
-from sparse_coding.splicing import spliced_losses
+from sparse_coding.dictionaries import TopKSAE, UntiedSAE, fixed, load_dictionary
+from sparse_coding.splicing import Placed, spliced_losses
 from sparse_coding.trainer import eq4_alpha
 from sparse_coding.evidence import Examples
 from sparse_coding.paper2.claims import judge_attribution, judge_interp, judge_table
@@ -171,7 +171,7 @@ def test_heads_sources_and_bias_add_up_to_the_pre_activation(model, pre_bias):
     tokens = np.random.default_rng(1).integers(1, 300, (5, 11))
     z = model.run_to(torch.from_numpy(tokens), site)[site]
     features, at = [3, 7, 7, 0, 39], [10, 4, 0, 9, 1]
-    found = attribute(model, sae, 2, features, tokens, at, batch=2)
+    found = attribute(Placed(model, sae), features, tokens, at, batch=2)
     seen = model.attend(torch.from_numpy(tokens), 2)[2]
     for i, (a, f, d) in enumerate(zip(found, features, at)):
         x = z[i, d] - sae.b_dec if pre_bias else z[i, d]
@@ -192,7 +192,7 @@ def test_head_shares_by_brute_force(tiny):
     p, model = tiny
     layer, site, heldout = 3, Site(3, "attn_z"), attention_stores(p, model)[1]
     sae, n = attention_sae(p, model, layer), model.n_heads
-    shares = head_shares(sae, heldout, site, n)
+    shares = head_shares(Placed(model, sae, heldout))
     x = heldout.read(site, 0, heldout.n)[heldout.keep(site)]
     c = sae.encode(x)
     for f in c.sum(0).topk(3).indices.tolist():
@@ -220,8 +220,9 @@ def test_another_site_of_the_same_width_is_refused(tiny):
     sae, resid = attention_sae(p, model, 3), Site(3)
     assert model.d_in(resid) == sae.d_in
     with pytest.raises(SparseCodingError, match="trained at attn_z.3; it cannot be used at resid_post.3"): sae.check(model, resid)
-    with pytest.raises(SparseCodingError, match="cannot be used at attn_z.0"): attribute(model, sae, 0, [0], np.ones((1, 4)), [3])
-    with pytest.raises(SparseCodingError, match="cannot be used at attn_z.0"): attention_evidence(p, model, 0, sae)
+    with pytest.raises(SparseCodingError, match="cannot be used at attn_z.0"): Placed(model, sae, site=Site(0, "attn_z"))
+    elsewhere = Placed(model, fixed(torch.eye(sae.d_in)), site=resid)
+    with pytest.raises(SparseCodingError, match="resid_post.3.* give one at attn_z"): attribute(elsewhere, [0], np.ones((1, 4)), [3])
     with pytest.raises(SparseCodingError, match="cannot be used at attn_z.0"): attention_fidelity(p, model, {0: {"sae": train_attention(p, model, "layer 3")/"000"}}, 64)
 
 
@@ -249,15 +250,17 @@ def test_promoted_is_what_the_projection_writes(model):
 
 def test_where_it_reads_and_how_far_back(tiny):
     p, model = tiny
-    seen, sae = attention_evidence(p, model, 3), attention_sae(p, model, 3)
+    placed = Placed(model, attention_sae(p, model, 3))
+    seen = attention_evidence(p, placed)
+    assert seen.placed.store.folder == attention_stores(p, model)[1].folder and placed.store is None
     f = int(seen.fires.argmax())
     top = distinct(seen.examples("top", f), 4)
-    found = attribute(model, sae, 3, [f]*len(top), top.tokens, top.acts.argmax(1))
+    found = attribute(placed, [f]*len(top), top.tokens, top.acts.argmax(1))
     reads = where_it_reads(top, found)
     assert (reads.acts[:, 0] == 0).all() and reads.tokens is top.tokens
     assert reads.acts[0, 1:found[0].at + 1] == pytest.approx(found[0].parts.sum(0)[1:].numpy(), abs=1e-6)
     shares = [v[1:-1].sum()/v.sum() for v in (a.parts.abs().sum(0) for a in found)]
-    assert reaching_back(model, sae, 3, seen, [f])[f] == pytest.approx(float(np.mean(shares)), abs=1e-5)
+    assert reaching_back(placed, seen, [f])[f] == pytest.approx(float(np.mean(shares)), abs=1e-5)
     assert isinstance(top, Examples) and found[0].total == pytest.approx(float(top.acts[0].max()), rel=2e-2, abs=1e-2)
 
 

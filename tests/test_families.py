@@ -10,6 +10,7 @@ from sparse_coding.presets import Site
 from sparse_coding.ledger import claims
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.splicing import Placed
 from sparse_coding.paper2.families import (COUNTERFACTUALS, FAMILIES, NEAR, ROOM, Families, Scores, after_the_same,
     attribute_places, counterfactuals, drops, family_scores, specificity, induced_words, masses, matches, members,
     plot_families, plot_specificity, random_like, silenced, successors, sums, thresholds, top_tokens, try_feature,
@@ -48,7 +49,7 @@ def test_attribution_adds_up_and_is_where_attention_put_it(model):
 
 def test_promoted_tokens_are_the_top_of_the_direct_path(model):
     sae, (W, _) = sae_for(model, 2), model.W_O(2)
-    up, down = top_tokens(model, sae, 2, 3)
+    up, down = top_tokens(Placed(model, sae, site=Site(2, "attn_z")), 3)
     from sparse_coding.models import unembedded
     z = unembedded(model, sae.W_dec[7:8] @ W.flatten(0, 1))[0]
     assert set(up[7].tolist()) == set(z.argsort()[-3:].tolist()) and set(down[7].tolist()) == set(z.argsort()[:3].tolist())
@@ -233,7 +234,7 @@ def test_drops_against_a_plain_hook(model):
     dst, target = np.array([15, 7, 9, 12, 3]), np.array([5, 6, 7, 8, 9])
     codes = [sae.encode(model.run_to(tokens[i:i + 1], site)[site])[0, d] for i,d in enumerate(dst)]
     features = np.array([[int(c.argmax()), int(c.argmin())] for c in codes])   # an active one and a silent one
-    found = drops(model, sae, site, tokens, dst, target, features, size=2)
+    found = drops(Placed(model, sae, site=site), tokens, dst, target, features, size=2)
     np.testing.assert_allclose(found[:, 1], 0, atol=1e-5)
     for i,d in enumerate(dst):
         f = features[i, 0]
@@ -248,11 +249,12 @@ def test_a_trial(model):
     row[3], row[12] = row[11], row[4]                                          # ... a b ... a
     tokens, word = np.stack([row, row]), int(classes[row[4]])
     f = int(sae.encode(model.run_to(tokens[:1], site)[site])[0, 11].argmax())
-    t = try_feature(model, sae, site, f, word, tokens, np.array([11, 11]))
+    placed = Placed(model, sae, site=site)
+    t = try_feature(placed, f, word, tokens, np.array([11, 11]))
     assert (t.acts[:, 0] > 0).all() and t.drop.shape == (2, 2) and silenced(t)["unchanged"] == (0, 2)
     part = model.attend(tokens[:1], 1)[1].by_source(sae.W_enc[:, f], torch.tensor([11]))[0].sum(0)[1:].clamp(min=0)
     assert abs(float(t.on_match[0]) - float(part[3]/part.sum())) < 1e-4       # position 4, the word after the earlier mention
-    empty = try_feature(model, sae, site, f, word, tokens[:0], np.zeros(0, int))
+    empty = try_feature(placed, f, word, tokens[:0], np.zeros(0, int))
     assert empty.drop.shape == (0, 2) and silenced(empty)["respelled"] == (0, 0)
 
 

@@ -32,6 +32,7 @@ from ..attention import Attended
 from ..corpora import token_texts
 from ..activations import batch_rows
 from ..dictionaries import Dictionary, fixed
+from ..splicing import Placed
 from ..evidence import Evidence, FragmentStore, evidence, fingerprint
 from .saes import attention_sae, attention_stores
 
@@ -56,14 +57,12 @@ class Contexts:
 
 # %% ../../nbs/paper2/31_families.ipynb #95cd862d
 def top_tokens(
-    model:LanguageModel, # under study
-    sae:Dictionary, # on z_cat
-    layer:int, # of attention
+    placed:Placed, # a dictionary at its site, of attention's z
     n:int=10, # tokens
 ) -> tuple[Int[Tensor, "d_sae n"], Int[Tensor, "d_sae n"]]: # most raised, most lowered
     "What features write, read off at the output if nothing comes between."
-    W = model.W_O(layer)[0].flatten(0, 1)
-    parts = (unembedded(model, w.to(W) @ W) for w in sae.W_dec.detach().split(256))
+    W = placed.model.W_O(placed.site.layer)[0].flatten(0, 1)
+    parts = (unembedded(placed.model, w.to(W) @ W) for w in placed.sae.W_dec.detach().split(256))
     found = [(z.topk(n).indices, (-z).topk(n).indices) for z in parts]
     return tuple(torch.cat(t) for t in zip(*found))
 
@@ -142,8 +141,8 @@ def _read_all(p, model, store, saes, n_random, folder):
     kinds, places = {}, {}
     for l,sae in saes.items(): kinds |= {(l, "sae"): sae, (l, "random"): random_like(sae, n_random, l)}
     for (l, kind),d in kinds.items():
-        found = evidence(p, model, d, Site(l, "attn_z"), store)
-        places[l, kind] = strongest_places(found, model.n_heads, *top_tokens(model, d, l))
+        placed = Placed(model, d, store, Site(l, "attn_z"))
+        places[l, kind] = strongest_places(evidence(p, placed), model.n_heads, *top_tokens(placed))
     _attribute_all(model, store, places, {k: d.W_enc.detach() for k,d in kinds.items()})
     for (l, kind),c in places.items(): save_file(vars(c) | {"dfa": c.dfa.half()}, folder/f"{kind}-{l}.safetensors")
 
@@ -314,14 +313,14 @@ def family_scores(
         taken = torch.zeros_like(dfa).index_put_(tuple(at.T), dfa[tuple(at[order].T)])
         given = taken, words, counts, promoted, suppressed
         some = torch.arange(len(words)).split(256)
-        parts.append(torch.cat([_mean(*(t[i] for t in given), after) for i in some]))
+        parts.append(torch.cat([_mean_sums(*(t[i] for t in given), after) for i in some]))
     return Scores(parts[0], torch.stack(parts[1:]))
 
 # %% ../../nbs/paper2/31_families.ipynb #9701fcfa
 def _permutation(at, seed, k): return torch.from_numpy(np.random.default_rng([seed, k]).permutation(len(at)))
 
 # %% ../../nbs/paper2/31_families.ipynb #989b95be
-def _mean(dfa, words, counts, promoted, suppressed, after):
+def _mean_sums(dfa, words, counts, promoted, suppressed, after):
     "Mean sums over the contexts that count, for some features."
     votes = torch.stack([usual(words, counts*1., back) for back in (1, 2, 3)], -1)
     lists = dict(promoted=promoted, suppressed=suppressed, usual=votes)
@@ -382,16 +381,16 @@ def families(
     "Sort the features of all layers into families, kept in the cache."
     found = {}
     for layer,kinds in read.items():
-        ours, null = _layer_scores(model, layer, kinds, tokens)
+        ours, null = _family_scores_once(model, layer, kinds, tokens)
         found[layer] = Families(ours, null, thresholds(ours, null))
     return found
 
 # %% ../../nbs/paper2/31_families.ipynb #9b9ad2ea
-def _layer_scores(model, layer, kinds, tokens):
+def _family_scores_once(model, layer, kinds, tokens):
     "Scores of one layer's features and of its random directions, kept in the cache."
     def compute(folder): _score_layer(model, layer, kinds, tokens, folder)
     config = dict(model=model.fingerprint, layer=layer, contexts=_digest(kinds, tokens))
-    code = family_scores, _mean, sums, usual, masses, successors, word_classes
+    code = family_scores, _mean_sums, sums, usual, masses, successors, word_classes
     folder = load_or_compute("families", config, compute, code)
     return [Scores(**load_file(folder/f"{k}.safetensors")) for k in ("sae", "random")]
 
@@ -437,11 +436,11 @@ NULLS = { # what is counted: label, colour, marker, sideways shift
 # %% ../../nbs/paper2/31_families.ipynb #dc22c88d
 def _shares_by_layer(ax, counted, i, label, color, style, shift):
     "One family's share by layer, in percent, with Wilson intervals."
-    share, bars = _percent(counted, i)
+    share, bars = _family_percent(counted, i)
     ax.errorbar(np.arange(len(share)) + shift, share, bars, fmt=style, ms=3, lw=1, color=color, label=label)
 
 # %% ../../nbs/paper2/31_families.ipynb #231db811
-def _percent(counted, i):
+def _family_percent(counted, i):
     "One family's shares in percent, and how far their Wilson intervals go down and up."
     share = np.array([100*int(k[i])/max(n, 1) for k,n in counted])
     low, high = 100*np.array([wilson(int(k[i]), n) if n else (0, 0) for k,n in counted]).T
@@ -490,11 +489,11 @@ def induction_features(
     least:int=10, # strong contexts; features with fewer come last
 ) -> list[dict]: # layer, feature, the word's class, score, share; best first
     "Features about one class found by induction, or the best others where none is; raises where no feature is known."
-    rows = _candidates(read, found, tokens, word_classes(model))
+    rows = _induction_candidates(read, found, tokens, word_classes(model))
     return sorted(rows, key=lambda r: (r["contexts"] < least, not r["promotes it"], -r["score"]*r["share"]))[:n]
 
 # %% ../../nbs/paper2/31_families.ipynb #44aceb25
-def _candidates(read, found, tokens, classes):
+def _induction_candidates(read, found, tokens, classes):
     "Rows for all features of the induction family; for all that are studied, where it is empty."
     rows, i = [], FAMILIES.index("induction")
     some = any(f.members[:, i].any() for f in found.values())
@@ -582,9 +581,7 @@ def _stacked(axes, acts, proxy, edges):
 # %% ../../nbs/paper2/31_families.ipynb #bd77584c
 @torch.inference_mode()
 def drops(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of attention
-    site:Site, # where it reads
+    placed:Placed, # a dictionary at its site, of attention's z
     tokens:Int[np.ndarray, "n seq"], # rows
     dst:Int[np.ndarray, "n"], # a place in each
     target:Int[np.ndarray, "n"], # a token that might come next
@@ -596,21 +593,21 @@ def drops(
     for a in range(0, len(tokens), size):
         d, f, t = (torch.from_numpy(np.asarray(v[a:a + size], np.int64)) for v in (dst, features, target))
         ids = torch.from_numpy(np.array(tokens[a:a + size, :int(d.max()) + 1], np.int64))
-        h = _without(model, sae, site, ids, d, f)
-        logp = model.hf.get_output_embeddings()(h).log_softmax(-1).cpu()[:, torch.arange(len(d)), t]
+        h = _without(placed, ids, d, f)
+        logp = placed.model.hf.get_output_embeddings()(h).log_softmax(-1).cpu()[:, torch.arange(len(d)), t]
         found.append((logp[0] - logp[1:]).T)
     return torch.cat(found).numpy()
 
 # %% ../../nbs/paper2/31_families.ipynb #1b63937d
-def _without(model, sae, site, ids, d, f):
+def _without(placed, ids, d, f):
     "The last hidden state at d as it is, then with each feature of f taken out there: [1 + k, rows, d_model]."
-    runs, at = f.shape[1] + 1, torch.arange(len(d))
+    model, sae, runs, at = placed.model, placed.sae, f.shape[1] + 1, torch.arange(len(d))
     def edit(z):
         z = z.clone().unflatten(0, (runs, -1))
         c = sae.encode(z[0, at, d])
         for k in range(runs - 1): z[k + 1, at, d] -= c[at, f[:, k], None]*sae.W_dec[f[:, k]]
         return z.flatten(0, 1)
-    with model._hooks({site: edit}), fast_matmul(model.device):
+    with model._hooks({placed.site: edit}), fast_matmul(model.device):
         h = model.hf.base_model(model._ids(ids.repeat(runs, 1)), use_cache=False).last_hidden_state
     return h.unflatten(0, (runs, -1))[:, at, d]
 
@@ -648,9 +645,7 @@ class Trial:
 
 # %% ../../nbs/paper2/31_families.ipynb #15302e41
 def try_feature(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of attention
-    site:Site, # where it reads
+    placed:Placed, # a dictionary at its site, of attention's z
     feature:int, # the one
     word:int, # the class it induces
     tokens:Int[np.ndarray, "n seq"], # rows
@@ -658,22 +653,23 @@ def try_feature(
     seed:int=0, # of the tokens put in
 ) -> Trial:
     "Ablation, counterfactual prompts and attribution at some places."
-    classes, rng = word_classes(model), np.random.default_rng(seed)
+    classes, rng = word_classes(placed.model), np.random.default_rng(seed)
     places, pool = list(zip(tokens, dst)), tokens.ravel()
-    found = [_probe(model, sae, site, feature, word, row, d, classes, pool, rng) for row,d in places]
+    found = [_probe(placed, feature, word, row, d, classes, pool, rng) for row,d in places]
     if not found:
         none = torch.zeros(0)
         pairs, kinds = torch.zeros(0, 2), torch.zeros(0, len(COUNTERFACTUALS))
-        return Trial(pairs, kinds, none, none, torch.zeros(0, model.n_heads))
+        return Trial(pairs, kinds, none, none, torch.zeros(0, placed.model.n_heads))
     each = {k: torch.stack([f[k] for f in found]) for k in found[0]}
     target = np.array([row[matches(classes[row], d, word)[-1] + 1] for row,d in places])
     pairs = torch.stack([torch.full_like(each["other"], feature), each.pop("other")], 1)
-    return Trial(torch.from_numpy(drops(model, sae, site, tokens, dst, target, pairs)), **each)
+    return Trial(torch.from_numpy(drops(placed, tokens, dst, target, pairs)), **each)
 
 # %% ../../nbs/paper2/31_families.ipynb #74247463
 @torch.inference_mode()
-def _probe(model, sae, site, feature, word, row, d, classes, pool, rng):
+def _probe(placed, feature, word, row, d, classes, pool, rng):
     "One place: activations in all kinds of rows, another active feature, and where the feature reads."
+    model, sae, site = placed.model, placed.sae, placed.site
     new, q = counterfactuals(row, d, word, classes, pool, rng), matches(classes[row], d, word)
     rows = np.stack([row if new[k] is None else new[k] for k in COUNTERFACTUALS])
     c = sae.encode(model.run_to(rows[:, :d + 1], site)[site][:, -1].cpu())
@@ -706,7 +702,7 @@ def plot_trial(
     fig, axes = plt.subplots(1, 3, figsize=(7, 2.4), width_ratios=(1, 1.7, 1.3))
     _cost(axes[0], t)
     _silenced(axes[1], silenced(t))
-    _through(axes[2], t, k)
+    _read_through(axes[2], t, k)
     return fig
 
 # %% ../../nbs/paper2/31_families.ipynb #4f60cd1a
@@ -718,7 +714,7 @@ def _cost(ax, t):
     ax.set(ylabel="nats lost by the induced token", title="feature taken out")
 
 # %% ../../nbs/paper2/31_families.ipynb #06c5822c
-def _through(ax, t, k):
+def _read_through(ax, t, k):
     "The heads that bring most of what the feature reads."
     heads = t.heads.mean(0) if len(t.heads) else t.heads.sum(0)
     top = heads.topk(min(k, len(heads)))

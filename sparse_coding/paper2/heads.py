@@ -79,10 +79,11 @@ def mean_words(
     "The mean embedding of each feature's tokens, as unit vectors."
     ids, weight = words_back(c, tokens, np.arange(len(E))), (c.act*c.counts)[..., None]
     centre, on = E[tokens.ravel()].mean(0), ids[..., :1]
-    return _mean(weight*(on >= 0), on, E, centre), _mean(masses(c.dfa.float(), ids)*weight, ids, E, centre)
+    read = masses(c.dfa.float(), ids)*weight
+    return _mean_embedding(weight*(on >= 0), on, E, centre), _mean_embedding(read, ids, E, centre)
 
 # %% ../../nbs/paper2/41_heads.ipynb #a5b88b17
-def _mean(w, at, E, centre):
+def _mean_embedding(w, at, E, centre):
     "Embeddings averaged by weight, away from the centre."
     f, k, j = (w > 0).nonzero(as_tuple=True)
     place = f.numpy(), at[f, k, j].numpy()

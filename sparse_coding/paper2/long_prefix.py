@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AttentionInterface
 
-from ..presets import Preset, Site, SparseCodingError
+from ..presets import Preset, SparseCodingError
 from ..runs import fast_matmul, load_or_compute
 from ..stats import mean_ci, interval
 from ..plots import COLORS
@@ -33,8 +32,7 @@ from ..models import LanguageModel, final_norm
 from ..partial_runs import use_attention
 from ..attention import freeze_norm
 from ..corpora import load_rows
-from ..activations import ActivationStore
-from ..dictionaries import Dictionary
+from ..splicing import Placed
 from .saes import attention_sae, attention_stores, paper_two
 from .quality import head_attribution
 
@@ -121,15 +119,12 @@ def matched(
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #46efec97
 def firing_lengths(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of one attention layer
-    store:ActivationStore, # held-out text
-    site:Site, # where the dictionary reads
+    placed:Placed, # a dictionary at its site, of attention's z, with its text (held-out)
     least:int=10, # firings of a feature that counts
 ) -> tuple[Float[Tensor, "d_sae"], float]: # nan for features that fire less often; and the mean over all tokens
     "Longest prefix at the tokens where each feature fires, weighted by activation."
-    longest, keep = _longest(model, store.tokens), store.keep(site)
-    weighted, weight, fires = _totals(sae, store, site, keep, longest)
+    longest, keep = _longest(placed.model, placed.store.tokens), placed.store.keep(placed.site)
+    weighted, weight, fires = _totals(placed, keep, longest)
     return torch.where(fires >= least, weighted/weight, torch.nan).float(), float(longest[keep].double().mean())
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #b4f94885
@@ -140,12 +135,13 @@ def _longest(model, tokens):
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #7a829e3e
 @torch.inference_mode()
-def _totals(sae, store, site, keep, longest):
+def _totals(placed, keep, longest):
     "For each feature: the sum of lengths times activations, of activations, and the number of its firings."
+    sae, store = placed.sae, placed.store
     total = torch.zeros(3, sae.d_sae, dtype=torch.float64)
     for a in range(0, store.n, 4096):
         b = min(a + 4096, store.n)
-        c = sae.encode(store.read(site, a, b))*keep[a:b, None]
+        c = sae.encode(store.read(placed.site, a, b))*keep[a:b, None]
         total += torch.stack([(c*longest[a:b, None]).sum(0), c.sum(0), (c > 0).sum(0)]).double()
     return total
 

@@ -27,10 +27,9 @@ from ..runs import fast_matmul, load_or_compute, read_json, write_json
 from ..stats import mean_ci, leads, with_interval
 from ..plots import COLORS, plain_log
 from ..models import LanguageModel, unembedded
-from ..activations import ActivationStore
 from ..dictionaries import Dictionary, load_dictionary, fixed, random_rotation
 from ..firing import in_order, mean_activation
-from ..splicing import row_kl, row_losses
+from ..splicing import Placed, row_kl, row_losses
 from sparse_coding.evidence import (Evidence, Examples, FragmentStore, draw_examples, evidence, first_usable,
     printable, scores)
 from ..lexicon import TokenLexicon
@@ -152,14 +151,12 @@ TABLE_1 = { # model and layer: L0, loss recovered (zero ablation), dead, live fe
 # %% ../../nbs/paper2/30_quality.ipynb #4b443c43
 def attention_evidence(
     p:Preset, # in force
-    model:LanguageModel, # under study
-    layer:int, # one of p.attn_layers
-    sae:Dictionary=None, # the layer's own if not given
+    placed:Placed, # a dictionary at its site, of attention's z
 ) -> Evidence:
     "Evidence for the features of a dictionary of attention, from the held-out rows."
-    p, heldout = paper_two(p), attention_stores(p, model)[1]
-    rows = FragmentStore(heldout.folder, model.eot_id, drop_first=p.drop_first, max_norm=p.max_norm)
-    return evidence(p, model, sae or attention_sae(p, model, layer), Site(layer, "attn_z"), rows)
+    p, model = paper_two(p), placed.model
+    folder, rule = attention_stores(p, model)[1].folder, dict(drop_first=p.drop_first, max_norm=p.max_norm)
+    return evidence(p, replace(placed, store=FragmentStore(folder, model.eot_id, **rule)))
 
 # %% ../../nbs/paper2/30_quality.ipynb #2221af3e
 def z_directions(
@@ -183,13 +180,14 @@ def attention_scores(
     "Scores of features, z-neurons and random directions on the same text."
     found, judge = {name: {} for name in ("sae", "basis", "random")}, explainer or TokenLexicon()
     for l in tqdm(p.attn_layers, "scores", leave=False, delay=2):
-        for name in found: found[name][Site(l, "attn_z")] = _layer_scores(p, model, l, name, n, judge)
+        for name in found: found[name][Site(l, "attn_z")] = _explained_scores(p, model, l, name, n, judge)
     return found
 
 # %% ../../nbs/paper2/30_quality.ipynb #6f0f1385
-def _layer_scores(p, model, layer, name, n, judge):
+def _explained_scores(p, model, layer, name, n, judge):
     "Scores of one layer's features, z-neurons or random directions."
-    seen = attention_evidence(p, model, layer, None if name == "sae" else z_directions(model, layer, name))
+    sae = attention_sae(p, model, layer) if name == "sae" else z_directions(model, layer, name)
+    seen = attention_evidence(p, Placed(model, sae))
     return scores(judge, seen, first_usable(seen, n))
 
 # %% ../../nbs/paper2/30_quality.ipynb #d5d7ba66
@@ -235,15 +233,13 @@ def encoder_bias(
 # %% ../../nbs/paper2/30_quality.ipynb #e72dc328
 @torch.inference_mode()
 def head_shares(
-    sae:Dictionary, # of attention's output
-    store:ActivationStore, # held-out, usually
-    site:Site, # where the dictionary reads
-    n_heads:int, # of the layer
+    placed:Placed, # a dictionary at its site, of attention's z, with its text (held-out, usually)
 ) -> Float[Tensor, "d_sae heads"]: # rows sum to 1; 0 where a feature never fires
     "Mean share of each head in the absolute contributions to a feature, over the tokens at which it fires."
+    sae, n_heads = placed.sae, placed.model.n_heads
     E = sae.W_enc.T.unflatten(1, (n_heads, -1)).transpose(0, 1).contiguous()
     total, n = torch.zeros(sae.d_sae, n_heads), torch.zeros(sae.d_sae, 1)
-    for x in in_order(store, site, 1024):
+    for x in in_order(placed.store, placed.site, 1024):
         with fast_matmul():
             word, feature = (sae.encode(x) > 0).nonzero(as_tuple=True)
             parts = torch.stack([(z @ e.T)[word, feature].abs()
@@ -269,7 +265,7 @@ def contributions(
 ) -> dict[int, Float[Tensor, "d_sae heads"]]: # by layer, as from `head_shares`
     "The shares of heads in every feature of every layer on held-out text, computed once."
     p, heldout = paper_two(p), attention_stores(p, model)[1]
-    def shares(l): return head_shares(attention_sae(p, model, l), heldout, Site(l, "attn_z"), model.n_heads)
+    def shares(l): return head_shares(Placed(model, attention_sae(p, model, l), heldout))
     def compute(folder): save_file({str(l): shares(l) for l in p.attn_layers}, folder/"shares.safetensors")
     folder = load_or_compute("head_shares", _what_shared(p, model, heldout), compute, code=(head_shares,))
     return {int(l): shares for l,shares in load_file(folder/"shares.safetensors").items()}
@@ -345,19 +341,19 @@ def _parts_at(seen, w, at):
 # %% ../../nbs/paper2/30_quality.ipynb #d16630d6
 @torch.inference_mode()
 def attribute(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of attention's output
-    layer:int, # where it reads
+    placed:Placed, # a dictionary at its site, of attention's z
     features:Iterable[int], # of the dictionary, one per row
     tokens:Int[np.ndarray, "rows seq"], # text, each row begun as in training
     at:Iterable[int], # one position per row
     batch:int=8, # rows per forward pass
 ) -> list[Attribution]: # one per row
-    "Direct feature attribution of one feature at one token of each row; raises for a dictionary of another site."
-    E, bias = sae.check(model, Site(layer, "attn_z")).W_enc.T, encoder_bias(sae)
+    "Direct feature attribution of one feature at one token of each row; raises for a dictionary that is not at attn_z."
+    if (site := placed.site).kind != "attn_z":
+        raise SparseCodingError(f"This dictionary is at {site}, where heads cannot be told apart: give one at attn_z.")
+    E, bias = placed.sae.W_enc.T, encoder_bias(placed.sae)
     features, at, tokens, found = list(features), torch.as_tensor(list(at)), np.asarray(tokens, np.int64), []
     for i in range(0, len(tokens), batch):
-        seen = model.attend(torch.from_numpy(tokens[i:i+batch]), layer)[layer]
+        seen = placed.model.attend(torch.from_numpy(tokens[i:i+batch]), site.layer)[site.layer]
         found += _parts_at(seen, E[features[i:i+batch]], at[i:i+batch])
     each = zip(found, features, at.tolist(), tokens)
     return [Attribution(parts[:, :d+1], float(bias[f]), d, row[:d+1]) for parts,f,d,row in each]
@@ -382,9 +378,7 @@ def _from_before(parts):
 
 # %% ../../nbs/paper2/30_quality.ipynb #42142c2d
 def reaching_back(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of attention's output
-    layer:int, # where it reads
+    placed:Placed, # a dictionary at its site, of attention's z
     seen:Evidence, # of the same dictionary
     features:Iterable[int], # to choose from
     n:int=4, # strongest rows each, at most
@@ -393,7 +387,7 @@ def reaching_back(
     found = {}
     for f in map(int, features):
         top = distinct(seen.examples("top", f), n)
-        each = attribute(model, sae, layer, [f]*len(top.tokens), top.tokens, top.acts.argmax(1))
+        each = attribute(placed, [f]*len(top.tokens), top.tokens, top.acts.argmax(1))
         found[f] = float(np.mean([_from_before(a.parts) for a in each]))
     return found
 
@@ -455,17 +449,16 @@ def promoted(
 
 # %% ../../nbs/paper2/30_quality.ipynb #46a44f42
 def feature_page(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of attention's output
-    layer:int, # where it reads
+    placed:Placed, # a dictionary at its site, of attention's z
     feature:int, # of the dictionary
     share:Float[Tensor, "heads"], # of contributions, from `head_shares`
     examples:Examples, # its strongest rows
     found:list[Attribution], # of the same rows
 ) -> plt.Figure:
     "A feature at a glance: heads, promoted tokens, where it fires and where it reads."
+    model, sae, layer = placed.model, placed.sae, placed.site.layer
     fig, ((left, right), (fires, reads)) = plt.subplots(2, 2, figsize=(7, 4.6), width_ratios=(1.3, 1))
-    _shares(left, head_attribution(sae, len(share))[feature], share)
+    _two_shares(left, head_attribution(sae, len(share))[feature], share)
     left.set(title=f"feature {feature} of layer {layer}")
     _promotes(right, model, promoted(model, layer, sae.W_dec.detach()[[feature]])[0])
     _texts(fires, examples, model, 60, "where it fires")
@@ -479,7 +472,7 @@ def _texts(ax, examples, model, width, title):
     ax.set_title(title)
 
 # %% ../../nbs/paper2/30_quality.ipynb #e9dd6614
-def _shares(ax, h, share):
+def _two_shares(ax, h, share):
     "Two shares of each head, side by side."
     at = np.arange(len(share))
     ax.bar(at - .2, h, .4, color=COLORS["sae"], label="decoder length")
