@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['eq4_alpha', 'input_scale', 'build', 'ahead', 'resume', 'checkpoint', 'train', 'log_rows', 'read_log', 'replace_dead',
            'training_operations', 'estimate_training', 'built', 'scaled_stream', 'train_recipes', 'measure', 'course',
-           'metadata', 'save_dictionaries']
+           'metadata', 'save_measured', 'save_dictionaries']
 
 # %% ../nbs/foundation/15_trainer.ipynb #95772915
 import json, os, time
@@ -279,6 +279,27 @@ def metadata(
                 drop_first=p.drop_first, max_norm=p.max_norm, context_size=p.row_len, prepend_bos=False,
                 alpha_unit=p.alpha_unit, provenance=provenance(p))
 
+# %% ../nbs/foundation/15_trainer.ipynb #915c1bd3
+def save_measured(
+    folder:Path, # receives 000/, 001/, ... and results.json
+    saes:list[Dictionary], # trained on scale*x
+    recipes:list[Recipe], # one each
+    scale:float, # to be folded in
+    heldout:ActivationStore, # test activations
+    about:Callable, # from a recipe to what its dictionary must know about itself
+    more:Callable=lambda r: {}, # from a recipe to what else its line of results says
+):
+    "Save dictionaries in the model's units and measure them, with a line of results for each."
+    results = []
+    for i,(sae,r) in enumerate(zip(saes, recipes)):
+        sae = sae.cpu().scaled(scale)
+        sae.metadata |= about(r)
+        sae.save(folder/f"{i:03}")
+        found = measure(sae, heldout, r.site)
+        save_file({"fires": found.pop("fires")}, folder/f"{i:03}"/"fires.safetensors")
+        results.append({**asdict(r), "site": str(r.site), **more(r), "d_in": sae.d_in, "d_sae": sae.d_sae, **found})
+    write_json(folder/"results.json", results)
+
 # %% ../nbs/foundation/15_trainer.ipynb #a8c6caac
 def save_dictionaries(
     p:Preset, # in force
@@ -290,12 +311,4 @@ def save_dictionaries(
     heldout:ActivationStore, # test activations
 ):
     "Save dictionaries in the model's units and measure them on held-out activations."
-    results = []
-    for i,(sae,r) in enumerate(zip(saes, recipes)):
-        sae = sae.cpu().scaled(scale)
-        sae.metadata |= metadata(p, r, model)
-        sae.save(folder/f"{i:03}")
-        found = measure(sae, heldout, r.site)
-        save_file({"fires": found.pop("fires")}, folder/f"{i:03}"/"fires.safetensors")
-        results.append({**asdict(r), "site": str(r.site), "d_in": sae.d_in, "d_sae": sae.d_sae, **found})
-    write_json(folder/"results.json", results)
+    save_measured(folder, saes, recipes, scale, heldout, lambda r: metadata(p, r, model))

@@ -8,6 +8,7 @@ from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.attention import freeze_norm
 from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.splicing import Placed
 from sparse_coding.paper2.claims import judge_and, judge_gate, judge_pairs, judge_position
 from sparse_coding.paper2.long_prefix import matched
 from sparse_coding.paper2.ioi import (Sentences, _kinds, at_mean, at_place, by_order, feature_effects, greedy_pairs,
@@ -89,7 +90,8 @@ def test_one_place_of_each_line_is_rewritten(made):
 def test_feature_effects_are_those_of_one_hook_per_sentence(made):
     model, s, saes = made
     sae, site = saes[LAYER], Site(LAYER, "attn_z")
-    found, tol = feature_effects(model, sae, s, LAYER), 2e-4*float(model.logits(s.tokens).abs().max())
+    placed = Placed(model, sae, site=site)
+    found, tol = feature_effects(placed, s), 2e-4*float(model.logits(s.tokens).abs().max())
     assert (found.codes > 0).any(0).all() and found.features == sorted(found.features)
     for i in range(len(s)):
         s2, clean = int(s.at["S2"][i]), gap(model, s, i)
@@ -104,14 +106,13 @@ def test_feature_effects_are_those_of_one_hook_per_sentence(made):
             if not found.codes[i, k] > 0: assert found.change[j][i] == 0
         assert abs(at_s2(sae) - found.change["error"][i]) < tol
         assert abs(at_s2(lambda z: z - sae(z) + sae.b_dec) - found.change["all features"][i]) < tol
-    assert np.allclose(together(model, sae, s, LAYER, found.features), found.change["all features"], atol=tol)
-    with pytest.raises(SparseCodingError): feature_effects(model, TopKSAE(sae.d_in + 1, 8, 2), s, LAYER)
+    assert np.allclose(together(placed, s, found.features), found.change["all features"], atol=tol)
 
 
 def test_features_are_read_from_all_of_the_sentence(made):
     model, s, saes = made
     for j in (0, 5):
-        read, code = read_from(model, saes[LAYER], s, LAYER, j)
+        read, code = read_from(Placed(model, saes[LAYER], site=Site(LAYER, "attn_z")), s, j)
         z = model.run_to(s.tokens, Site(LAYER, "attn_z"))[Site(LAYER, "attn_z")][torch.arange(len(s)), s.at["S2"]]
         whole = z @ saes[LAYER].W_enc[:, j]
         assert np.allclose(read.sum(1), whole, atol=1e-3*float(whole.abs().max()))

@@ -7,9 +7,10 @@ import torch
 from sparse_coding.presets import Site, SparseCodingError, preset
 from sparse_coding.models import load_model
 from sparse_coding.dictionaries import TopKSAE
+from sparse_coding.splicing import Placed
 from sparse_coding.paper2.recursive import Node, trace, trace_back
-from sparse_coding.tools.explorer import (KINDS, UNIT, _beginning, contexts_of, embed_json, explore, features_at,
-    page, page_data, promotes)
+from sparse_coding.tools.explorer import (PART_KINDS, UNIT, _beginning, contexts_of, embed_json, explore,
+    features_at, page, page_data, promotes)
 from tiny import tiny_model
 
 PROMPT = " Mary <script>alert(1)</script> & </script><b>John</b> gave <script>alert(1)"
@@ -58,11 +59,11 @@ def test_a_step_is_that_of_recursive_attribution(model):
     shares = {n: float(v)/g.activation for n,v in zip(g.nodes, g.values)}
     assert e["activation"] == pytest.approx(g.activation, rel=1e-3)
     assert len(e["parts"]) >= 14
-    for kind,l,s,j,v in e["parts"]: assert v/UNIT == pytest.approx(shares[Node(KINDS[kind], l, s, j)], abs=2e-4 + 1e-3*abs(v/UNIT))
+    for kind,l,s,j,v in e["parts"]: assert v/UNIT == pytest.approx(shares[Node(PART_KINDS[kind], l, s, j)], abs=2e-4 + 1e-3*abs(v/UNIT))
     largest = max(shares, key=lambda n: abs(shares[n]))
     assert e["parts"][0][1:4] == [largest.layer, largest.position, largest.feature]
-    listed = {(KINDS[k], l, s, j) for k,l,s,j,_ in e["parts"]}
-    for k,kind in enumerate(KINDS):
+    listed = {(PART_KINDS[k], l, s, j) for k,l,s,j,_ in e["parts"]}
+    for k,kind in enumerate(PART_KINDS):
         left = sum(v for n,v in shares.items() if n.kind == kind and (n.kind, n.layer, n.position, n.feature) not in listed)
         assert e["rest"][k]/UNIT == pytest.approx(left, abs=2e-3)
     assert (e["bias"]/UNIT, e["start"]/UNIT) == pytest.approx((g.bias/g.activation, g.start/g.activation), rel=1e-3, abs=2e-4)
@@ -86,12 +87,13 @@ def test_where_a_feature_fires_most(llama):
     class Store:
         row_len, tokens = 12, torch.randint(1, 300, (5, 12), generator=g).numpy()
         x, kept = torch.randn(60, sae.d_in, generator=g), torch.arange(60) % 12 > 0
+        def check(self, model): return self
         def keep(self, site): return self.kept
         def read(self, site, a, b): return self.x[a:b]
     store, codes = Store(), None
     codes = (sae.encode(store.x)*store.kept[:, None]).view(5, 12, -1)
     ids = codes.amax((0, 1)).argsort(descending=True)[:4].tolist()
-    found = contexts_of(llama, sae, store, 3, ids, n=2)
+    found = contexts_of(Placed(llama, sae, store, Site(3, "attn_z")), ids, n=2)
     for j in ids:
         row, s = divmod(int(codes[..., j].argmax()), 12)
         assert found[j][0][1] == llama.str_tokens(store.tokens[row])[s]
@@ -285,7 +287,7 @@ def test_notes_are_those_of_the_feature(llama, monkeypatch):
     saes = dictionaries(llama)
     t = trace(llama, saes, PROMPT)
     monkeypatch.setattr(explorer, "attention_stores", lambda p, model: (None, None))
-    monkeypatch.setattr(explorer, "contexts_of", lambda model, sae, store, layer, ids, **how: {j: [["", f"{layer}_{j}", ""]] for j in ids})
+    monkeypatch.setattr(explorer, "contexts_of", lambda placed, ids, **how: {j: [["", f"{placed.site.layer}_{j}", ""]] for j in ids})
     some = explorer.feature_notes(preset(), llama, saes, t, most=2)
     assert set(some) == {(n.layer, n.feature) for l in LAYERS for s in range(1, len(t.words)) for n in t.at(l, s)[:2]}
     for (l, j), (texts, up) in some.items():

@@ -8,6 +8,7 @@ from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.partial_runs import run_z
 from sparse_coding.dictionaries import TopKSAE, UntiedSAE
+from sparse_coding.splicing import Placed
 from sparse_coding.paper2.claims import judge_rdfa
 from sparse_coding.paper2.recursive import (Means, Node, corpus_means, deviations, draw_roots, induction_root,
     kept_shares, orders, plot_faithfulness, plot_graph, plot_step, rebuild, trace, trace_back)
@@ -233,14 +234,15 @@ def test_text_begins_with_the_beginning(model):
 
 def test_a_model_with_something_else_in_its_blocks_is_refused(model, monkeypatch):
     import sparse_coding.paper2.recursive as recursive
-    real = recursive._parts
-    monkeypatch.setattr(recursive, "_parts", lambda *a: {k: 1.1*v if k[0] == "MLP" else v for k,v in real(*a).items()})
+    real = recursive._plain_parts
+    monkeypatch.setattr(recursive, "_plain_parts", lambda *a: {k: 1.1*v if k[0] == "MLP" else v for k,v in real(*a).items()})
     with pytest.raises(SparseCodingError, match="do not add up"): trace(model, dictionaries(model), "When Mary and John")
 
 
 class Store:
     "Held-out activations, as `draw_roots` reads them."
     def __init__(self, x, keep): self.x, self.kept, self.row_len = x, keep, x.shape[1]
+    def check(self, model): return self
     def keep(self, site): return self.kept.flatten()
     def read(self, site, a, b): return self.x.flatten(0, 1)[a:b]
 
@@ -249,7 +251,7 @@ def test_roots_are_drawn_in_the_upper_half_of_their_range(model):
     sae, g = dictionaries(model)[3], torch.Generator().manual_seed(0)
     x, keep = torch.randn(6, 30, sae.d_in, generator=g), torch.rand(6, 30, generator=g) > .2
     codes = sae.encode(x)*keep[..., None]
-    roots = draw_roots(sae, Store(x, keep), 3, 10, span=(8, 25), seed=1)
+    roots = draw_roots(Placed(model, sae, Store(x, keep), Site(3, "attn_z")), 10, span=(8, 25), seed=1)
     assert len(roots) == 10 == len({r.feature for _,r in roots})
     for row,n in roots:
         assert 8 <= n.position < 25 and n.layer == 3

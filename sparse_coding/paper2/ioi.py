@@ -30,8 +30,8 @@ from ..plots import COLORS
 from ..models import LanguageModel
 from ..attention import columns, heads_of, freeze_norm
 from ..corpora import readable
-from ..activations import ActivationStore
 from ..dictionaries import Dictionary
+from ..splicing import Placed
 from ..evidence import fingerprint
 from ..prompts import NAMES, OBJECTS, PLACES, TEMPLATES
 from .saes import attention_sae, attention_stores, paper_two
@@ -202,10 +202,11 @@ def at_mean(
 
 # %% ../../nbs/paper2/43_ioi.ipynb #c0c19547
 @torch.inference_mode()
-def _here(model, s, layer, place):
+def _here(placed, s, place):
     "What a layer's attention hands on at one place, and the residual stream before the layer (not before the first)."
-    z, before = Site(layer, "attn_z"), [Site(layer - 1)]*(layer > 0)
-    seen = model.run_to(s.tokens, [*before, z])
+    z, layer = placed.site, placed.site.layer
+    before = [Site(layer - 1)]*(layer > 0)
+    seen = placed.model.run_to(s.tokens, [*before, z])
     return seen[z][torch.arange(len(s)), s.at[place]], seen[before[0]] if layer else None
 
 # %% ../../nbs/paper2/43_ioi.ipynb #7b5ef73a
@@ -218,25 +219,23 @@ class Effects:
 
 # %% ../../nbs/paper2/43_ioi.ipynb #2bb118d5
 def feature_effects(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of a layer's attention
+    placed:Placed, # a dictionary of attention's z at its site
     s:Sentences, # the sentences
-    layer:int, # of the dictionary
     place:str="S2", # where
 ) -> Effects:
     "Take out every active feature at one place, the error kept; then the error, then all features. Kept in the cache."
-    z, change = _measured(model, sae, s, layer, place)
-    return _effects_of(sae.check(model, Site(layer, "attn_z")), z, change)
+    return _effects_of(placed.sae, *_measured(placed, s, place))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #b68cea19
 @torch.inference_mode()
-def _measured(model, sae, s, layer, place):
+def _measured(placed, s, place):
     "What stood at the place, and the change of the logit difference line by line."
-    z, x = _here(model, s, layer, place)
+    (z, x), model, layer = _here(placed, s, place), placed.model, placed.site.layer
     def compute(folder):
-        found, clean = _without_each(model, sae, s, layer, place, z, x), logit_difference(model, s, given=(layer, x))
+        found, clean = _without_each(placed, s, place, z, x), logit_difference(model, s, given=(layer, x))
         save_file({"found": torch.from_numpy(found), "clean": torch.from_numpy(clean)}, folder/"effects.safetensors")
-    config = dict(model=model.fingerprint, tokens=s.tokens.tolist(), place=place, layer=layer, sae=fingerprint(sae))
+    config = dict(model=model.fingerprint, tokens=s.tokens.tolist(), place=place, layer=layer,
+                  sae=fingerprint(placed.sae))
     found = load_file(load_or_compute("ioi_effects", config, compute, code=(_without_each,))/"effects.safetensors")
     return z, (found["found"], found["clean"])
 
@@ -249,11 +248,11 @@ def _taken_out(sae, z):
     return codes, torch.cat([rows, i, i]), features, delta
 
 # %% ../../nbs/paper2/43_ioi.ipynb #49dfecaf
-def _without_each(model, sae, s, layer, place, z, x):
+def _without_each(placed, s, place, z, x):
     "Logit differences line by line."
-    site = Site(layer, "attn_z")
-    _, rows, _, delta = _taken_out(sae.check(model, site), z)
-    return logit_difference(model, s, at_place(site, s.at[place][rows], delta, add=True), rows, (layer, x))
+    _, rows, _, delta = _taken_out(placed.sae, z)
+    edits = at_place(placed.site, s.at[place][rows], delta, add=True)
+    return logit_difference(placed.model, s, edits, rows, (placed.site.layer, x))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #36969363
 @torch.inference_mode()
@@ -308,46 +307,34 @@ def _boxes(ax, data, up, color):
     ax.boxplot(data, positions=np.arange(len(data)) + up, widths=.34, orientation="horizontal", showfliers=False,
                showmeans=True, whis=(5, 95), manage_ticks=False, **look)
 
-# %% ../../nbs/paper2/43_ioi.ipynb #00185d96
-@torch.inference_mode()
-def _codes(sae, store, layer, features):
-    "Some features on all tokens of a store; zero where a token does not count."
-    site = Site(layer, "attn_z")
-    parts = (store.read(site, a, min(a + 4096, store.n)).to(sae.M.device) for a in range(0, store.n, 4096))
-    return torch.cat([sae.encode(x)[:, features].cpu() for x in parts])*store.keep(site)[:, None]
-
 # %% ../../nbs/paper2/43_ioi.ipynb #5ce4482e
 def strongest_token(
-    model:LanguageModel, # turns tokens into text
-    sae:Dictionary, # of a layer's attention
-    store:ActivationStore, # held-out text
-    layer:int, # of the dictionary
+    placed:Placed, # a dictionary of attention's z at its site, with held-out text
     features:list[int], # which
 ) -> list[str]:
     "The token on which each feature is most active."
-    best = _codes(sae, store, layer, features).argmax(0).numpy()
-    return [readable(t) for t in model.str_tokens(np.asarray(store.tokens).ravel()[best])]
+    best = placed.acts(features).flatten(0, 1).argmax(0).numpy()
+    return [readable(t) for t in placed.model.str_tokens(np.asarray(placed.store.tokens).ravel()[best])]
 
 # %% ../../nbs/paper2/43_ioi.ipynb #85f44c38
 def together(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of a layer's attention
+    placed:Placed, # a dictionary of attention's z at its site
     s:Sentences, # the sentences
-    layer:int, # of the dictionary
     features:list[int], # taken out together
     place:str="S2", # where
 ) -> Float[np.ndarray, "n"]:
     "Change of the logit difference without several features at one place."
-    z, x = _here(model, s, layer, place)
-    return _changed(model, s, layer, place, x, _minus(sae, z, features))
+    z, x = _here(placed, s, place)
+    return _changed(placed, s, place, x, _minus(placed.sae, z, features))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #3aaf4d0f
 @torch.inference_mode()
 def _minus(sae, z, features): return -sae.encode(z)[:, features] @ sae.W_dec[features]
-def _changed(model, s, layer, place, x, delta):
+def _changed(placed, s, place, x, delta):
     "Change of the logit difference with something added to what a layer's attention hands on at one place."
-    edits = at_place(Site(layer, "attn_z"), s.at[place], delta, add=True)
-    return logit_difference(model, s, edits, given=(layer, x)) - logit_difference(model, s, given=(layer, x))
+    model, given = placed.model, (placed.site.layer, x)
+    edits = at_place(placed.site, s.at[place], delta, add=True)
+    return logit_difference(model, s, edits, given=given) - logit_difference(model, s, given=given)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #d63e40f7
 PLACES_READ = "start", "before S1", "S1", "after S1", "IO", "S2", "elsewhere"
@@ -357,14 +344,13 @@ def _where(at):
 
 # %% ../../nbs/paper2/43_ioi.ipynb #daad002f
 def read_from(
-    model:LanguageModel, # under study
-    sae:Dictionary, # of a layer's attention
+    placed:Placed, # a dictionary of attention's z at its site
     s:Sentences, # the sentences
-    layer:int, # of the dictionary
     feature:int, # whose activation at S2
 ) -> tuple[Float[np.ndarray, "n places"], Float[np.ndarray, "n"]]: # attribution by PLACES_READ, and the feature's code
     "Where a feature's activation at S2 comes from, all heads together."
-    return _read_from(model.attend(s.tokens, layer)[layer], sae, s.at, feature)
+    layer = placed.site.layer
+    return _read_from(placed.model.attend(s.tokens, layer)[layer], placed.sae, s.at, feature)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #212f0453
 @torch.inference_mode()
@@ -378,16 +364,14 @@ def _read_from(seen, sae, at, feature):
 
 # %% ../../nbs/paper2/43_ioi.ipynb #1484f24d
 def beside_and(
-    model:LanguageModel, # its vocabulary
-    sae:Dictionary, # of a layer's attention
-    store:ActivationStore, # held-out text
-    layer:int, # of the dictionary
+    placed:Placed, # a dictionary of attention's z at its site, with held-out text
     features:list[int], # which
     conjunction:str=" and", # one token
 ) -> list[dict]: # the first line is the share of all tokens
     "Shares of features' activation on tokens that were there before, and there beside a conjunction."
-    kinds = _all_kinds(model, np.asarray(store.tokens), int(model.tokenize(conjunction)[0, 0]))
-    return [{"feature": j, **_shares(kinds, w)} for j,w in _weights(sae, store, layer, features)]
+    word = int(placed.model.tokenize(conjunction)[0, 0])
+    kinds = _all_kinds(placed.model, np.asarray(placed.store.tokens), word)
+    return [{"feature": j, **_shares(kinds, w)} for j,w in _weights(placed, features)]
 
 # %% ../../nbs/paper2/43_ioi.ipynb #d2172875
 def _shares(kinds, w):
@@ -395,10 +379,10 @@ def _shares(kinds, w):
     return dict(zip(("seen before", "before the conjunction", "after it"), (kinds @ w/max(w.sum(), 1e-12)).tolist()))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #8d4dbbcf
-def _weights(sae, store, layer, features):
+def _weights(placed, features):
     "Every token that counts alike, and then by each feature's activation."
-    yield "all tokens", store.keep(Site(layer, "attn_z")).numpy().astype(float)
-    yield from zip(features, _codes(sae, store, layer, features).double().numpy().T)
+    yield "all tokens", placed.store.keep(placed.site).numpy().astype(float)
+    yield from zip(features, placed.acts(features).flatten(0, 1).double().numpy().T)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #3b332870
 def _all_kinds(model, tokens, word):
@@ -415,16 +399,13 @@ def _kinds(model, tokens, word):
 
 # %% ../../nbs/paper2/43_ioi.ipynb #60027c8d
 def strongest_texts(
-    model:LanguageModel, # turns tokens into text
-    sae:Dictionary, # of a layer's attention
-    store:ActivationStore, # held-out text
-    layer:int, # of the dictionary
+    placed:Placed, # a dictionary of attention's z at its site, with held-out text
     feature:int, # which
     n:int=4, # places, in different rows
 ) -> list[dict]:
     "Text before the places where a feature is strongest, the place itself in brackets."
-    best, at = _codes(sae, store, layer, [feature]).view(-1, store.row_len).max(1)
-    def line(r): return {"activation": float(best[r]), "text": _before(model, store.tokens[r], int(at[r]))}
+    model, tokens, (best, at) = placed.model, placed.store.tokens, placed.acts([feature])[..., 0].max(1)
+    def line(r): return {"activation": float(best[r]), "text": _before(model, tokens[r], int(at[r]))}
     return [{"feature": feature, **line(r)} for r in best.topk(min(n, len(best))).indices.tolist()]
 
 # %% ../../nbs/paper2/43_ioi.ipynb #de518dfa
@@ -622,7 +603,7 @@ def _watch(model, s, layer, saes):
     return model.run_to(s.tokens, sites) | {"embedding": model.resid_pre(s.tokens, [0])[0]}
 
 # %% ../../nbs/paper2/43_ioi.ipynb #9179394c
-def _parts(model, seen, at, layer, saes):
+def _stream_parts(model, seen, at, layer, saes):
     "Parts of the residual stream before a layer at one place of each sentence: name, is it a feature, vectors."
     i = torch.arange(len(at))
     yield "embedding", False, seen["embedding"][i, at]
@@ -656,7 +637,7 @@ def side(
     "What a head's query or key at one place consists of, the norm held fixed."
     W, b = (v[head] for v in model.W_QK(layer)[key])
     frozen = freeze_norm(model.attn_norm(layer), seen[Site(layer - 1)][torch.arange(len(at)), at][:, None])
-    names, feature, vectors = zip(*_parts(model, seen, at, layer, saes))
+    names, feature, vectors = zip(*_stream_parts(model, seen, at, layer, saes))
     linear = (frozen(torch.stack(vectors, 1)) - frozen.shift) @ W
     constant = (frozen.shift @ W + b).expand(len(at), 1, -1)
     return Side([*names, "bias"], np.array([*feature, False]), rotated(model, torch.cat([linear, constant], 1), at))

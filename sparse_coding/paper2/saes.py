@@ -15,18 +15,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..presets import PRESETS, Preset, Recipe, Site, SparseCodingError
-from ..runs import device, load_or_compute, read_json, write_json
+from ..runs import device, load_or_compute, read_json
 from ..plots import COLORS, shades
 from ..models import LanguageModel
 from ..corpora import load_rows
 from ..activations import ActivationStore, batches, load_store
 from ..dictionaries import Dictionary, load_dictionary
 from ..engine import Resampling
-from ..trainer import build, eq4_alpha, input_scale, measure, metadata, train
+from ..trainer import build, eq4_alpha, input_scale, metadata, save_measured, train
 
 # %% ../../nbs/paper2/20_saes.ipynb #7f25e202
 def plot_parts(
@@ -207,16 +207,8 @@ def save_attention(
     heldout:ActivationStore, # test activations
 ):
     "Save dictionaries in the model's units and measure them on held-out activations."
-    results = []
-    for i,(sae,r) in enumerate(zip(saes, recipes)):
-        sae = sae.cpu().scaled(scale)
-        sae.metadata |= metadata(p, r, model) | {"prepend_bos": True, "context_size": p.row_len}
-        sae.save(folder/f"{i:03}")
-        found = measure(sae, heldout, r.site)
-        save_file({"fires": found.pop("fires")}, folder/f"{i:03}"/"fires.safetensors")
-        results.append({**asdict(r), "site": str(r.site), "layer": r.site.layer, "d_in": sae.d_in,
-                        "d_sae": sae.d_sae, **found})
-    write_json(folder/"results.json", results)
+    def about(r): return metadata(p, r, model) | {"prepend_bos": True, "context_size": p.row_len}
+    save_measured(folder, saes, recipes, scale, heldout, about, lambda r: {"layer": r.site.layer})
 
 # %% ../../nbs/paper2/20_saes.ipynb #13cee0fa
 def _configuration(p, store, heldout, recipes, scale, how):
