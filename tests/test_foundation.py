@@ -3,6 +3,7 @@ import importlib, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_coding import runs
 from sparse_coding.presets import PRESETS, SparseCodingError, preset
@@ -72,6 +73,31 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path/"file").write_text("in the way")
     monkeypatch.setenv("SPARSE_CODING_CACHE", str(tmp_path/"file"/"cache"))
     with pytest.raises(SparseCodingError, match="SPARSE_CODING_CACHE"): cache_dir()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:77", "meta", "9 3"])
+def test_a_device_that_is_not_here_is_refused(monkeypatch, name):
+    monkeypatch.setenv("SPARSE_CODING_DEVICE", name)
+    with pytest.raises(SparseCodingError, match=f"SPARSE_CODING_DEVICE={name} cannot") as e: runs.device()
+    assert "\n" not in str(e.value)
+
+
+def test_a_device_that_is_here_is_taken(monkeypatch):
+    monkeypatch.setenv("SPARSE_CODING_DEVICE", "cpu")
+    assert runs.device() == torch.device("cpu")
+
+
+def test_what_is_kept_of_a_result_does_not_need_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runs.commit.__wrapped__() is None
+
+
+def test_compiled_loops_are_kept_in_the_cache_folder(own_cache, tmp_path):
+    "Neither the folder of the library nor the home folder may be writable: the first is on a shared disk, the second full or none."
+    show = "from sparse_coding.engine import add_rows; print(add_rows._cache.cache_path)"
+    ask = lambda **env: subprocess.run([sys.executable, "-c", show], stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "HOME": "/proc/none", **env})
+    assert str(own_cache) in ask().stdout
+    assert str(tmp_path/"mine") in ask(NUMBA_CACHE_DIR=str(tmp_path/"mine")).stdout
 
 
 def test_unknown_preset_is_refused(monkeypatch):
