@@ -11,7 +11,7 @@ __all__ = ['set_seed', 'device', 'set_threads', 'threads', 'matmul_precision', '
 import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, textwrap, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,28 @@ def set_seed(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
+# %% ../nbs/foundation/01_runs.ipynb #0d20bdcc
+def _tried(
+    choose:Callable, # the device
+) -> Callable: # the same, and raises `SparseCodingError` for a device that cannot hold a number
+    "Have a chosen device tried, once for each name."
+    @cache
+    def trial(wanted):
+        try:
+            found = choose()
+            torch.zeros(1, device=found).tolist()
+        except Exception as e:                              # of many kinds: no such word, not compiled in, no such card
+            why = next(iter(str(e).splitlines()), type(e).__name__)
+            raise SparseCodingError(f"SPARSE_CODING_DEVICE={wanted} cannot be used here ({why}): "
+                                    "choose cpu, or cuda or mps where torch sees one.") from None
+        return found
+
+    @wraps(choose)
+    def tried(): return trial(wanted) if (wanted := os.environ.get("SPARSE_CODING_DEVICE")) else choose()
+    return tried
+
 # %% ../nbs/foundation/01_runs.ipynb #37fa85f2
+@_tried
 def device() -> torch.device:
     "SPARSE_CODING_DEVICE if set, else the best that torch sees: cuda, mps, cpu."
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -235,8 +256,18 @@ def repository() -> Path|None:
     root = Path(importlib.util.find_spec("sparse_coding").origin).parent.parent
     return root if (root/"settings.ini").exists() and (root/"nbs").exists() else None
 
+# %% ../nbs/foundation/01_runs.ipynb #20ebe744
+def _none_without_git(ask:Callable) -> Callable:
+    "Have a question to git answered by None where git is not installed."
+    @wraps(ask)
+    def asked():
+        try: return ask()
+        except (OSError, UnicodeDecodeError): return None
+    return asked
+
 # %% ../nbs/foundation/01_runs.ipynb #19afe36e
 @cache
+@_none_without_git
 def commit() -> str|None:
     "The commit of this checkout, with a + when something is changed; None outside one."
     if not (root := repository()): return None

@@ -3,9 +3,10 @@ import importlib, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_coding import runs
-from sparse_coding.presets import SparseCodingError, preset
+from sparse_coding.presets import PRESETS, SparseCodingError, preset
 from sparse_coding.runs import cache_dir, code_hash, sha256
 from sparse_coding.assets import WHEELS, fetch
 from sparse_coding.ledger import claims, record, report
@@ -74,9 +75,67 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     with pytest.raises(SparseCodingError, match="SPARSE_CODING_CACHE"): cache_dir()
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:77", "meta", "9 3"])
+def test_a_device_that_is_not_here_is_refused(monkeypatch, name):
+    monkeypatch.setenv("SPARSE_CODING_DEVICE", name)
+    with pytest.raises(SparseCodingError, match=f"SPARSE_CODING_DEVICE={name} cannot") as e: runs.device()
+    assert "\n" not in str(e.value)
+
+
+def test_a_device_that_is_here_is_taken(monkeypatch):
+    monkeypatch.setenv("SPARSE_CODING_DEVICE", "cpu")
+    assert runs.device() == torch.device("cpu")
+
+
+def test_what_is_kept_of_a_result_does_not_need_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runs.commit.__wrapped__() is None
+
+
+def test_compiled_loops_are_kept_in_the_cache_folder(own_cache, tmp_path):
+    "Neither the folder of the library nor the home folder may be writable: the first is on a shared disk, the second full or none."
+    show = "from sparse_coding.engine import add_rows; print(add_rows._cache.cache_path)"
+    ask = lambda **env: subprocess.run([sys.executable, "-c", show], stdout=subprocess.PIPE, encoding="utf-8", env={**os.environ, "HOME": "/proc/none", **env})
+    assert str(own_cache) in ask().stdout
+    assert str(tmp_path/"mine") in ask(NUMBA_CACHE_DIR=str(tmp_path/"mine")).stdout
+
+
 def test_unknown_preset_is_refused(monkeypatch):
     monkeypatch.setenv("SPARSE_CODING_PRESET", "huge")
     with pytest.raises(SparseCodingError, match="quick, laptop, paper"): preset()
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(steps=0), "steps = 0 .* greater than or equal to 1"), (dict(steps="200"), "steps = '200' .* integer"),
+    (dict(steps=2.5), "steps = 2.5 .* integer"), (dict(steps=True), "steps = True .* integer"), (dict(steps=None), "steps"),
+    (dict(lr=0), "lr = 0 .* greater than 0"), (dict(lr=float("nan")), "lr = nan .* finite"), (dict(fold=1), "fold = 1 .* boolean"),
+    (dict(layers=[]), r"layers = \(\) .* at least 1"), (dict(layers=3), "layers = 3 .* tuple"), (dict(layers=["9"]), "layers.*'9'.*integer"),
+    (dict(layers=[3, -1]), "-1 is negative"), (dict(layer=-1), "-1 is negative"), (dict(layers=[3, 3]), "3 twice"),
+    (dict(mlp_layers=[]), "mlp_layers"), (dict(attn_layers=[5, 5]), "attn_layers .* 5 twice"), (dict(alphas=[-1]), "-1 is negative"),
+    (dict(ratios=[0., 2.]), "ratios"), (dict(ratio=1e400, ratios=[1e400]), "finite"), (dict(attn_k=0), "attn_k = 0"),
+    (dict(corpus=""), "corpus = ''"), (dict(model=3), "model = 3 .* string"), (dict(dtype="float8"), "dtype = 'float8' .* 'float16'"),
+    (dict(size="huge"), "size = 'huge'"), (dict(alpha_unit="x"), "alpha_unit"), (dict(max_norm=0.), "max_norm"), (dict(seed=-1), "-1 is negative"),
+    (dict(seed=2**40), "seed"), (dict(n_tokens=100), "n_tokens = 100 .* row_len = 256"), (dict(attn_tokens=100), "attn_row_len"),
+    (dict(row_len=1), "row_len = 1"), (dict(alpha=.5), "not in the sweep"), (dict(ratio=3.), "not in the sweep"), (dict(layerz=1), "layerz")],
+    ids=lambda a: next(iter(a)) if isinstance(a, dict) else "")
+def test_settings_that_cannot_work_are_refused(changes, says):
+    with pytest.raises(SparseCodingError, match=says) as e: preset(**changes)
+    assert "\n" not in str(e.value)
+
+
+def test_settings_may_come_as_lists_arrays_and_paths(tmp_path):
+    "And the presets themselves come through as they are, to the letter: their text is part of names in the cache."
+    import numpy as np
+    p = preset(layers=np.array([3, 9]), layer=np.int64(3), ratios=range(1, 3), model=tmp_path, attn_k=None, max_norm=None)
+    assert (p.layers, p.layer, p.ratios, p.model, p.attn_k) == ((3, 9), 3, (1., 2.), str(tmp_path), None)
+    for name,q in PRESETS.items(): assert repr(preset(name)) == repr(q)
+
+
+@pytest.mark.parametrize("text", ["steps=3", "[1]", "3", "null", "{", '{"name": "laptop"}'])
+def test_changes_from_outside_that_are_no_object(monkeypatch, text):
+    monkeypatch.setenv("SPARSE_CODING_SET", text)
+    with pytest.raises(SparseCodingError, match="SPARSE_CODING_SET=") as e: preset()
+    assert "\n" not in str(e.value)
 
 
 def test_the_hash_of_code_follows_helpers_methods_and_constants(tmp_path, monkeypatch):
