@@ -10,10 +10,11 @@ from torch.testing import assert_close
 from sparse_coding.presets import PRESETS, Preset, Site, SparseCodingError
 from sparse_coding.runs import write_json
 from sparse_coding.models import load_model
-from sparse_coding.dictionaries import TopKSAE, UntiedSAE, fixed, load_dictionary
+from sparse_coding.dictionaries import TopKSAE, UntiedSAE, fixed
 from sparse_coding.splicing import Placed, spliced_losses
 from sparse_coding.trainer import eq4_alpha
 from sparse_coding.evidence import Examples
+from sparse_coding.suites import load_dictionary
 from sparse_coding.paper2.claims import judge_attribution, judge_interp, judge_table
 from sparse_coding.paper2.saes import (PAPER, attention_recipes, attention_results, attention_sae, attention_stores,
     begin_at, live, manner, paper_two, schedule, train_attention)

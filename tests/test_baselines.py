@@ -9,9 +9,10 @@ from scipy import stats
 from sparse_coding.presets import Site, SparseCodingError, preset
 from sparse_coding.runs import read_json
 from sparse_coding.models import load_model
-from sparse_coding.dictionaries import evaluate, fvu, load_dictionary, unit_rows, fixed, random_rotation
+from sparse_coding.dictionaries import evaluate, fvu, unit_rows, fixed, random_rotation
 from sparse_coding.firing import in_order
 from sparse_coding.study import results, stores, study
+from sparse_coding.suites import load_dictionary
 from sparse_coding.paper1.baselines import (BASELINES, METHODS, baseline, control_preset, covariance, few_features,
     independent, load_baseline, nearest_recipe, principal, random_weights_model, read_as, train_control, working_k)
 from tiny import TEXT, tiny_model

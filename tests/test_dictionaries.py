@@ -8,8 +8,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from sparse_coding.presets import Site, SparseCodingError
-from sparse_coding.dictionaries import (TiedSAE, TopKSAE, UntiedSAE, evaluate, load_saved, matched_cosines, max_cosines,
-    mmcs, total_variance)
+from sparse_coding.dictionaries import (TiedSAE, TopKSAE, UntiedSAE, evaluate, load_saved, matched_cosines,
+    max_cosines, mmcs, total_variance)
 from sparse_coding.suites import load_dictionary
 
 D_IN, D_SAE = 3, 5

@@ -1,7 +1,6 @@
 """Dictionaries of other libraries: files made by hand with sizes that cannot be confused, forward passes in numpy, and odd files."""
 import json
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
@@ -9,11 +8,11 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from sparse_coding.presets import Site, SparseCodingError
-from sparse_coding.dictionaries import Dictionary, TiedSAE, TopKSAE, UntiedSAE
-from sparse_coding.suites import (GatedSAE, JumpReLUSAE, Transcoder, load_dictionary, site_of, write_circuit_tracer,
+from sparse_coding.dictionaries import Dictionary, TopKSAE, UntiedSAE
+from sparse_coding.suites import (GatedSAE, JumpReLUSAE, load_dictionary, site_of, write_circuit_tracer,
     write_hub_repository, write_sparsify)
 
 D, N, OUT = 4, 6, 5

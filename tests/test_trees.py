@@ -122,7 +122,7 @@ def test_gradients_are_finite_differences(chain):
     model, target = chain.model, chain.saes[4]
     x = model.run_to(chain.tokens[:3].astype(np.int64), Site(1))[Site(1)]
     read = lambda y: (y[:, -1] @ target.W_dec[3])
-    g = trees.gradients(model, 1, 4, x, read)
+    g = trees.gradients_between(model, 1, 4, x, read)
     with torch.inference_mode():
         through = lambda x: read(run_rows(model, 1, x.flatten(0, 1)[None], *packed(x, model), Site(4))[0].view(3, -1, 32))
         for pos,f in ((2, chain.saes[1].W_dec[7]), (11, chain.saes[1].W_dec[9])):

@@ -29,7 +29,7 @@ from ..runs import fast_matmul, load_or_compute, provenance, read_json, threads,
 from ..plots import COLORS, plain_log
 from ..models import LanguageModel, fold_weights
 from ..activations import ActivationStore, batches
-from ..dictionaries import Dictionary, fixed, load_dictionary, random_rotation
+from ..dictionaries import Dictionary, fixed, load_saved, random_rotation
 from ..firing import in_order, moments
 from ..trainer import build, eq4_alpha, input_scale, save_dictionaries, train, train_recipes
 from ..study import dictionary, dictionary_folder, stores, study
@@ -51,7 +51,7 @@ def load_baseline(
     "Read a dictionary of any kind, signed ones included."
     folder = Path(folder)
     cfg = read_json(folder/"cfg.json") if (folder/"cfg.json").exists() else {}
-    if cfg.get("architecture") != "signed": return load_dictionary(folder)
+    if cfg.get("architecture") != "signed": return load_saved(folder)
     tensors = load_file(folder/"sae_weights.safetensors")
     d = fixed(tensors["W_dec"], tensors["W_enc"], tensors["b_dec"], signed=True)
     d.M.data, d.metadata = tensors["W_dec"], cfg["metadata"]

@@ -27,7 +27,7 @@ from ..runs import fast_matmul, load_or_compute
 from ..stats import mean_ci
 from ..plots import COLORS
 from ..models import LanguageModel, unembedded
-from ..partial_runs import gradients, renumber
+from ..partial_runs import gradients_between, renumber
 from ..dictionaries import Dictionary, unit_rows
 from ..splicing import Placed
 from ..study import dictionary
@@ -189,7 +189,7 @@ def find_causes(
     n, at, read = torch.arange(len(contexts)), torch.from_numpy(contexts.at), lambda y: target.encode(y)[..., feature]
     counts = chain.keep[lower][contexts.ids] & (torch.arange(x.shape[1]) <= at[:, None])
     a, c, g = (read(y[n, at]), below.encode(x)*counts[..., None].to(x.device),
-               gradients(chain.model, lower, layer, x, lambda y: read(y[n, at])))
+               gradients_between(chain.model, lower, layer, x, lambda y: read(y[n, at])))
     gradient, drop = ((g @ below.W_dec.T)*c).sum(1)/a[:, None], torch.zeros(len(contexts), below.d_sae)
     for k,t in enumerate(tqdm(contexts.at, desc=f"causes of {layer}_{feature}", unit="context", leave=False, delay=2)):
         _, live, without = ablate_each(chain.model, lower, layer, x[k, :t+1], c[k, :t+1], below.W_dec)
@@ -231,7 +231,7 @@ def causes(
         contexts = draw_contexts(chain.acts(layer, [feature])[..., 0], n, how, seed)
         _save(find_causes(chain, layer, feature, contexts), folder/"causes.safetensors")
     config = _decided_by(chain, lower, layer, feature, n=n, how=how, seed=seed)
-    folder = load_or_compute("causes", config, compute, code=(find_causes, draw_contexts, gradients))
+    folder = load_or_compute("causes", config, compute, code=(find_causes, draw_contexts, gradients_between))
     return _load(folder/"causes.safetensors")
 
 # %% ../../nbs/paper1/52_causes.ipynb #b8d0e342

@@ -23,7 +23,7 @@ from ..stats import mean_ci
 from ..plots import COLORS, plain_log, shades
 from ..models import LanguageModel
 from ..activations import batches
-from ..dictionaries import load_dictionary
+from ..dictionaries import load_saved
 from ..trainer import build, input_scale, measure, train, train_recipes
 from ..study import stores
 
@@ -213,7 +213,7 @@ def negative_biases(
 ) -> dict[Recipe, float]: # share of live features whose bias is below 0
     "How many of the features that fired on held-out text have a negative encoder bias."
     def share(i):
-        b, live = load_dictionary(folder/f"{i:03}").b_enc, load_file(folder/f"{i:03}"/"fires.safetensors")["fires"] > 0
+        b, live = load_saved(folder/f"{i:03}").b_enc, load_file(folder/f"{i:03}"/"fires.safetensors")["fires"] > 0
         return float((b[live] < 0).float().mean())
     return {r: share(i) for i,r in enumerate(recipes)}
 

@@ -28,7 +28,7 @@ from ..runs import fast_matmul, load_or_compute
 from ..stats import mean_ci, difference
 from ..plots import COLORS
 from ..models import LanguageModel
-from ..attention import columns, heads_of, freeze_norm
+from ..attention import weight_columns, heads_of, freeze_norm
 from ..corpora import readable
 from ..dictionaries import Dictionary
 from ..splicing import Placed
@@ -568,9 +568,9 @@ def W_QK(self:LanguageModel,
         b = W.new_zeros(W.shape[-1]) if b is None else b
         W, b = W.unflatten(-1, (-1, d)), b.unflatten(-1, (-1, d))
         return W.movedim(1, 0).repeat_interleave(n//W.shape[1], 0), b.repeat_interleave(n//len(b), 0)
-    if hasattr(attn, "q_proj"): return split(*columns(attn.q_proj)), split(*columns(attn.k_proj))
-    if hasattr(attn, "c_attn"): return tuple(split(*(t.chunk(3, -1)[i] for t in columns(attn.c_attn))) for i in (0, 1))
-    both = [t.unflatten(-1, (n, 3, d)) for t in columns(attn.query_key_value)]
+    if hasattr(attn, "q_proj"): return split(*weight_columns(attn.q_proj)), split(*weight_columns(attn.k_proj))
+    if hasattr(attn, "c_attn"): return tuple(split(*(t.chunk(3, -1)[i] for t in weight_columns(attn.c_attn))) for i in (0, 1))
+    both = [t.unflatten(-1, (n, 3, d)) for t in weight_columns(attn.query_key_value)]
     return tuple(split(*(t[..., i, :].flatten(-2) for t in both)) for i in (0, 1))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #759f7335

@@ -27,7 +27,7 @@ from ..runs import fast_matmul, load_or_compute, read_json, write_json
 from ..stats import mean_ci, leads, with_interval
 from ..plots import COLORS, plain_log
 from ..models import LanguageModel, unembedded
-from ..dictionaries import Dictionary, load_dictionary, fixed, random_rotation
+from ..dictionaries import Dictionary, load_saved, fixed, random_rotation
 from ..firing import in_order, mean_activation
 from ..splicing import Placed, row_kl, row_losses
 from sparse_coding.evidence import (Evidence, Examples, FragmentStore, draw_examples, evidence, first_usable,
@@ -95,7 +95,7 @@ def _losses_once(p, model, saes, store, heldout, n):
 def _replacements(model, store, site, folders):
     "What stands in for z at a site: each dictionary, then zero, then the mean."
     mean = mean_activation(store, site)
-    put = {name: load_dictionary(f).check(model, site).to(model.device) for name,f in folders.items()}
+    put = {name: load_saved(f).check(model, site).to(model.device) for name,f in folders.items()}
     return put | {"zero": torch.zeros_like, "mean": lambda z: mean.to(z).expand_as(z)}
 
 # %% ../../nbs/paper2/30_quality.ipynb #f273f56d

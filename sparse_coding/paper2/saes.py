@@ -24,7 +24,7 @@ from ..plots import COLORS, shades
 from ..models import LanguageModel
 from ..corpora import load_rows
 from ..activations import ActivationStore, batches, load_store
-from ..dictionaries import Dictionary, load_dictionary
+from ..dictionaries import Dictionary, load_saved
 from ..engine import Resampling
 from ..trainer import build, eq4_alpha, input_scale, metadata, save_measured, train
 
@@ -255,7 +255,7 @@ def attention_sae(
     kind:str="topk", # or "l1", the paper's
 ) -> Dictionary: # in the model's units, trained first if need be
     "The dictionary of a layer's attention; raises for a layer or a kind that the preset does not have."
-    return load_dictionary(_trained(p, model, layer, kind)/"000").check(model, Site(layer, "attn_z"))
+    return load_saved(_trained(p, model, layer, kind)/"000").check(model, Site(layer, "attn_z"))
 
 # %% ../../nbs/paper2/20_saes.ipynb #9984f0f1
 def _trained(p, model, layer, kind):

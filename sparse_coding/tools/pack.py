@@ -8,7 +8,7 @@ __all__ = ['PURPOSE', 'LARGE', 'LICENCES', 'Item', 'size_of', 'cache_items', 'ca
            'check_file', 'take_pack']
 
 # %% ../../nbs/tools/86_pack.ipynb #8c7677b9
-import json, os, platform, shutil, subprocess, sys, time
+import os, platform, shutil, subprocess, sys, time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
