@@ -10,7 +10,7 @@ __all__ = ['set_seed', 'device', 'set_threads', 'threads', 'matmul_precision', '
 # %% ../nbs/foundation/01_runs.ipynb #8304c1c8
 import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, textwrap, time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, wraps
 from pathlib import Path
 
@@ -229,6 +229,30 @@ def code_hash(
     essence = sorted({(name, text) for (_, name),text in seen.items()})
     return hashlib.sha256(json.dumps(essence).encode()).hexdigest()[:16]
 
+# %% ../nbs/foundation/01_runs.ipynb #feba6b20
+_inner = []                                                # per computation that is going on: seconds of those inside it
+
+def _seconds(compute:Callable) -> float: # without the results that are computed inside
+    "Compute, and say how long it took."
+    start = time.perf_counter()
+    _inner.append(0.)
+    try: compute()
+    finally:
+        inside, took = _inner.pop(), time.perf_counter() - start
+        if _inner: _inner[-1] += took
+    return took - inside
+
+# %% ../nbs/foundation/01_runs.ipynb #748ade63
+def _noted(
+    final:Path, # a result
+    seconds:float=0., # that it took now
+) -> Path: # the same
+    "Remember that a result was asked for."
+    with suppress(OSError): os.utime(final)                                    # a cache may be read-only
+    if file := os.environ.get("SPARSE_CODING_USED"):
+        with open(file, "a", encoding="utf-8") as f: f.write(f"{final.parent.name}/{final.name} {seconds:.2f}\n")
+    return final
+
 # %% ../nbs/foundation/01_runs.ipynb #5cdeb94f
 def load_or_compute(
     kind:str, # folder name under the cache, such as "stores"
@@ -240,15 +264,15 @@ def load_or_compute(
     config = json.loads(json.dumps({**config, "code": code_hash(*code)}, sort_keys=True, default=str))
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     final, work = cache_dir()/kind/key, cache_dir()/kind/f"{key}.partial"
-    if final.exists(): return final
+    if final.exists(): return _noted(final)
     final.parent.mkdir(exist_ok=True)
     with FileLock(final.with_suffix(".lock")):
-        if final.exists(): return final
+        if final.exists(): return _noted(final)
         work.mkdir(exist_ok=True)
-        compute(work)
+        seconds = _seconds(lambda: compute(work))
         write_json(work/"config.json", config)
         os.replace(work, final)
-    return final
+    return _noted(final, seconds)
 
 # %% ../nbs/foundation/01_runs.ipynb #ee61b2cc
 def repository() -> Path|None:

@@ -152,7 +152,7 @@ def acts(self:Placed,
         raise SparseCodingError("This dictionary was placed without text: give Placed a store as well.")
     features, keep, step = list(features), store.keep(self.site), 2**13
     read = (store.read(self.site, a, min(a + step, store.n)) for a in range(0, store.n, step))
-    with fast_matmul(): parts = [self.sae.encode(x)[:, features] for x in read]
+    with fast_matmul(): parts = [self.sae.encode(x.to(self.sae.b_dec.device))[:, features].cpu() for x in read]
     return (torch.cat(parts)*keep[:, None]).view(-1, store.row_len, len(features))
 
 # %% ../nbs/foundation/13_splicing.ipynb #f8291e51

@@ -7,7 +7,7 @@ import torch
 
 from sparse_coding import runs
 from sparse_coding.presets import PRESETS, SparseCodingError, preset
-from sparse_coding.runs import cache_dir, code_hash, sha256
+from sparse_coding.runs import cache_dir, code_hash, load_or_compute, sha256
 from sparse_coding.assets import WHEELS, fetch
 from sparse_coding.ledger import claims, record, report
 
@@ -193,3 +193,19 @@ def test_the_product_is_chosen_by_accuracy_and_not_by_a_busy_moment(monkeypatch,
     "Twice as fast; about equal; clearly slower; fast because it is bfloat16."
     monkeypatch.setattr(runs, "probe_matmul", lambda: {"highest": (1., 3e-7), "high": (1., 3e-7), "medium": (medium, error)})
     assert runs.best_matmul.__wrapped__() == choice
+
+
+def test_a_run_is_told_what_it_needed_and_what_each_part_cost(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_CODING_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("SPARSE_CODING_USED", str(tmp_path/"used.txt"))
+    def inner(folder): time.sleep(.3)
+    def outer(folder):
+        load_or_compute("inner", {}, inner)
+        time.sleep(.1)
+    def breaks(folder): raise ValueError
+    load_or_compute("outer", {}, outer)
+    with pytest.raises(ValueError): load_or_compute("breaks", {}, breaks)
+    load_or_compute("inner", {}, inner)
+    found = [(line.split("/")[0], float(line.split()[1])) for line in (tmp_path/"used.txt").read_text().splitlines()]
+    assert [kind for kind, _ in found] == ["inner", "outer", "inner"]
+    assert .3 <= found[0][1] < 2 and .1 <= found[1][1] < .3 and found[2][1] == 0

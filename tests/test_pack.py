@@ -29,9 +29,9 @@ def result(kind, name, n=100):
 
 def a_run(tmp_path, monkeypatch):
     "A run that used three results, one of them twice, beside one that it did not use."
-    (run := tmp_path/"run").mkdir()
+    (run := tmp_path/"run").mkdir(), (run/"used").mkdir()
     result("dictionaries", "not used")
-    monkeypatch.setenv("SPARSE_CODING_USED", str(run/"used.txt"))
+    monkeypatch.setenv("SPARSE_CODING_USED", str(run/"used"/"page.txt"))
     for kind, name in (("dictionaries", "a"), ("evidence", "b"), ("activations", "c"), ("dictionaries", "a")): result(kind, name)
     monkeypatch.delenv("SPARSE_CODING_USED")
     (run/"figures").mkdir()
@@ -102,7 +102,6 @@ def test_names_that_lead_out_of_the_pack_are_refused(tmp_path, machines, monkeyp
     for name in ("cache/evidence/../../../../etc/x", "cache/evidence/key/../../../../../x", "/etc/passwd", "elsewhere/x", "cache/../cache/../../x"):
         (stick/"pack.json").write_text(json.dumps(about | {"files": {name: entry}}))
         machines("second")
-        if not name.startswith("cache/"): continue
         with pytest.raises(SparseCodingError, match="outside of the pack"): packing.take_pack(stick)
     assert not (tmp_path.parent/"x").exists()
 
@@ -131,5 +130,5 @@ def test_pruning_by_kind_and_by_age(machines):
     os.utime(new, (time.time() - 40*86400,)*2)
     result("dictionaries", "new")                                             # asked for: young again
     assert packing.prune(unused_days=30)[0] == 1 and not old.exists() and new.exists()
-    assert packing.prune(["dictionaries"]) == (1, sum((102,))) or not new.exists()
+    assert packing.prune(["dictionaries"])[0] == 1 and not new.exists()
     with pytest.raises(SparseCodingError, match="no 'stores'"): packing.prune(["stores"])

@@ -50,7 +50,7 @@ def size_of(
 
 def cache_items() -> list[Item]: # the largest first
     "What the cache holds; unfinished results are not listed."
-    found = [p for p in cache_dir().glob("*/*") if p.is_dir() and p.suffix != ".partial"]
+    found = [p for p in cache_dir().glob("*/*") if p.is_dir() and p.suffix not in (".partial", ".taking")]
     return sorted((Item(p.parent.name, p.name, size_of(p), p.stat().st_mtime) for p in found), key=lambda i: -i.bytes)
 
 # %% ../../nbs/tools/86_pack.ipynb #a7be4dcf
@@ -83,10 +83,11 @@ def used_by(
     out:Path, # folder of a run, as `reproduce` leaves it
 ) -> list[tuple[str, str]]: # kind and key of every result that it asked for
     "The results that a run needed; raises where it has not noted any."
-    file = Path(out)/"used.txt"
-    if not file.exists():
+    notes = sorted((Path(out)/"used").rglob("*.txt"))
+    if not notes:
         raise SparseCodingError(f"{Path(out)} is no finished run: `sparse-coding reproduce` first, then pack what it used.")
-    return sorted({tuple(line.split("/")) for line in file.read_text(encoding="utf-8").split()})
+    lines = [line for note in notes for line in note.read_text(encoding="utf-8").splitlines()]
+    return sorted({tuple(line.split()[0].split("/")) for line in lines})
 
 # %% ../../nbs/tools/86_pack.ipynb #2338a330
 LARGE = "activations",                                     # kinds that a small pack leaves out
@@ -198,8 +199,19 @@ def read_pack(
     "What a pack says of itself; raises where it is none."
     try: about = read_json(Path(folder)/"pack.json")
     except (OSError, ValueError): raise SparseCodingError(f"{folder} is no pack: it has no pack.json that can be read.") from None
-    if isinstance(about, dict) and about.get("format") == 1 and isinstance(about.get("files"), dict): return about
-    raise SparseCodingError(f"{folder} is a pack of a form that this version does not know.")
+    if not isinstance(about, dict) or about.get("format") != 1 or not isinstance(about.get("files"), dict):
+        raise SparseCodingError(f"{folder} is a pack of a form that this version does not know.")
+    for name, entry in about["files"].items(): _check_entry(folder, name, entry)
+    return about
+
+def _check_entry(folder, name, entry):
+    "Raises for a name that leads out of the pack, and for an entry without size and hash."
+    parts = name.split("/")
+    if parts[0] not in ("wheels", "cache", "run", "python") or set(parts) & {"", ".", ".."} or "\\" in name or ":" in name \
+            or len(parts) < (4 if parts[0] == "cache" else 2):
+        raise SparseCodingError(f"{folder}/pack.json names {name!r}, which lies outside of the pack.")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+        raise SparseCodingError(f"{folder}/pack.json does not give size and hash of {name}.")
 
 def differences(
     about:dict, # from `read_pack`
@@ -209,21 +221,15 @@ def differences(
     return sorted(m for m in here.keys() | there.keys() if here.get(m) != there.get(m) and m != "_modidx.py")
 
 # %% ../../nbs/tools/86_pack.ipynb #45df91f0
-def _inside(folder, name):
-    "The file of a pack; raises for a name that leads out of it."
-    path = (Path(folder)/name).resolve()
-    if Path(folder).resolve() in path.parents and name.split("/")[0] in ("wheels", "cache", "run", "python"): return path
-    raise SparseCodingError(f"{folder}/pack.json names {name}, which lies outside of the pack.")
-
 def check_file(
     folder:Path, # of the pack
     name:str, # in it
     entry:dict, # its bytes and sha256
 ) -> Path: # the file
     "Raises where a file of a pack is missing or not what was packed."
-    path = _inside(folder, name)
+    path = Path(folder)/name
     if not path.exists(): raise SparseCodingError(f"{path} is missing from the pack: copy the whole folder again.")
-    if path.stat().st_size != entry.get("bytes") or sha256(path) != entry.get("sha256"):
+    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
         raise SparseCodingError(f"{path} is not the file that was packed (its hash differs): copy it again from the source.")
     return path
 
