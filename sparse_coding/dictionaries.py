@@ -57,6 +57,7 @@ def _generator(seed): return seed if isinstance(seed, torch.Generator) else torc
 def _xavier(n, m, generator): return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, m), generator=generator))
 
 def _check_arguments(d_in, d_sae, norm):
+    "Raises for sizes and norms that make no dictionary."
     if d_in < 1 or d_sae < 1: raise SparseCodingError(f"d_in and d_sae must be at least 1, got {d_in} and {d_sae}.")
     if norm not in ("in_loss", "project"):
         raise SparseCodingError(f'norm must be "in_loss" (paper 1) or "project" (paper 2), got "{norm}".')
@@ -250,7 +251,8 @@ def read_settings(
 ) -> dict:
     "The settings beside a dictionary's weights; raises where there are none that can be read."
     try: found = read_json(file)
-    except FileNotFoundError: raise SparseCodingError(f"No dictionary in {file.parent}: {file.name} is missing.") from None
+    except FileNotFoundError:
+        raise SparseCodingError(f"No dictionary in {file.parent}: {file.name} is missing.") from None
     except ValueError as e: raise SparseCodingError(f"{file} is not readable as JSON: {e}") from None
     if isinstance(found, dict): return found
     raise SparseCodingError(f"{file} holds {type(found).__name__} where settings by name were expected.")
@@ -293,13 +295,20 @@ def load_saved(
     cfg = read_settings(folder/"cfg.json")
     meta, kind = cfg.get("metadata", {}), kinds.get(cfg.get("architecture"))
     if kind is None or "norm" not in meta:
-        raise SparseCodingError(f"{folder} was not written by this library: load_dictionary in 22_suites reads others' files.")
+        raise SparseCodingError(f"{folder} was not written by this library: load_dictionary in 22_suites reads others' "
+                                "files.")
     n, m = cfg["d_in"], cfg["d_sae"]
     t = read_tensors(folder/"sae_weights.safetensors", dict(W_enc=(n, m), W_dec=(m, n), b_enc=(m,), b_dec=(n,)))
     if meta["tied"] and not torch.equal(t["W_enc"], t["W_dec"].T):
         raise SparseCodingError(f"{folder} calls itself tied, but W_enc is not the transpose of W_dec.")
-    more = {"k": cfg["k"]} if kind is TopKSAE else {}
-    d = TiedSAE(n, m, "project") if meta["tied"] else kind(n, m, pre_bias=cfg["apply_b_dec_to_input"], norm="project", **more)
+    return _restored(cfg, meta, kind, t)
+
+# %% ../nbs/foundation/11_dictionaries.ipynb #17118af9
+def _restored(cfg, meta, kind, t):
+    "A dictionary from its settings and tensors, without gradients."
+    sizes, more = (cfg["d_in"], cfg["d_sae"]), {"k": cfg["k"]} if kind is TopKSAE else {}
+    if meta["tied"]: d = TiedSAE(*sizes, "project")
+    else: d = kind(*sizes, pre_bias=cfg["apply_b_dec_to_input"], norm="project", **more)
     d.M.data, d.b_enc.data, d.b_dec.data, d.metadata = t["W_dec"], t["b_enc"], t["b_dec"], meta
     if not meta["tied"]: d.W_enc.data = t["W_enc"]
     return d.requires_grad_(False)
@@ -344,6 +353,7 @@ def explained_variance(
 
 # %% ../nbs/foundation/11_dictionaries.ipynb #2bcdf71e
 def _ratio(error, variance):
+    "The error as a share of the variance; raises where there is none."
     if not variance > 0: raise SparseCodingError("All rows are equal: there is no variance to explain.")
     return error/variance
 
@@ -391,6 +401,7 @@ def evaluate(
 
 # %% ../nbs/foundation/11_dictionaries.ipynb #753ceadd
 def _check_finite(x, n):
+    "Raises where a row of the batch is not finite; `n` rows came before it."
     bad = ~x.isfinite().all(-1)
     if bad.any():
         first, count = n + bad.int().argmax().item(), bad.sum().item()
