@@ -182,7 +182,8 @@ def active_on(
     n:int=10, # how many
 ) -> list[dict]: # feature and activation, the strongest first
     "The features that respond to the end of a prompt."
-    c = placed.codes(placed.model.tokenize(prompt))[0, -1].cpu()
+    x = placed.model.run_to(placed.model.tokenize(prompt), placed.site)[placed.site]
+    c = placed.sae.encode(x[0, -1]).cpu()
     best = torch.where(density < at_most, c, -1.).argsort(descending=True)[:n].tolist()
     return [{"feature": j, "activation": float(c[j])} for j in best if c[j] > 0]
 
