@@ -1,5 +1,5 @@
 """A real HTTP server on this machine that speaks as much of the OpenAI API as an explainer needs, and misbehaves on request."""
-import json, math, re, socket, threading, time
+import contextlib, json, math, re, socket, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -54,8 +54,11 @@ class ApiServer:
     """`with ApiServer() as server:` and then `server.url`, `server.requests`, `server.faults`.
 
     A fault is taken off the list by each request: "429" (with Retry-After), "hang", "cut", "drop", "refuse", "sorry", "filter",
-    "empty", "short", "broken", "high", "surrogate", "error", "ok", or any other number, which is sent as a status."""
-    def __init__(self, answer=chat, faults=(), echo=True, logprobs=True, delay=0., min_tokens=0, max_logprobs=15, usage=True):
+    "empty", "short", "broken", "high", "surrogate", "error", "ok", or any other number, which is sent as a status.
+    `answer` makes of a request's body the content of a message, or a dict that becomes the choice; `rejects` makes of it what is
+    wrong with it, (status, error), or None."""
+    def __init__(self, answer=chat, faults=(), echo=True, logprobs=True, delay=0., min_tokens=0, max_logprobs=15, usage=True, rejects=None):
+        self.rejects = rejects or (lambda body: None)
         self.answer, self.faults, self.echo, self.logprobs, self.delay = answer, list(faults), echo, logprobs, delay
         self.min_tokens, self.max_logprobs, self.usage = min_tokens, max_logprobs, usage
         self.requests, self.times, self.headers, self.lock, self.busy, self.most_busy = [], [], [], threading.Lock(), 0, 0
@@ -114,10 +117,12 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang": return api.stop.wait(30)
         if fault == "drop": return self.hang_up()
         if fault.isdigit(): return wrong(int(fault), f"status {fault} was scripted")
+        if (rejected := api.rejects(body)): return self.reply(*rejected)
         if self.path == "/v1/completions": return self.complete(api, body, wrong)
         if self.path != "/v1/chat/completions": return wrong(404, "no such page")
         if body.get("logprobs") and not api.logprobs: return wrong(400, "logprobs are not supported")
         content = api.answer(body)
+        if isinstance(content, dict): return self.reply(200, dict(choices=[content]))
         contents = dict(empty="", short="[0, 1]", broken=content[:-1], high=content.replace("0", "11"), surrogate=content + " \ud83d",
                         sorry=f"I'm sorry, but I can't help with {content}.")
         content, message = contents.get(fault, content), {}
@@ -153,3 +158,50 @@ class Handler(BaseHTTPRequestHandler):
         assert not values
         choice = dict(text=prompt, index=0, logprobs=dict(tokens=tokens, text_offset=offsets, top_logprobs=tops), finish_reason="length")
         self.reply(200, dict(choices=[choice], usage=dict(prompt_tokens=len(tokens), completion_tokens=body["max_tokens"])))
+
+
+class RawServer:
+    """`with RawServer(data) as server:` a socket at `server.url` that answers every request with these bytes, and hangs up, or, with
+    `drip`, sends the body a byte every so many seconds, or, with `half`, says that it will send no more and stays."""
+    def __init__(self, data, drip=0., half=False): self.data, self.drip, self.half, self.seen = data, drip, half, 0
+
+    def __enter__(self):
+        self.socket, self.stop = socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *args):
+        self.stop.set()
+        self.socket.close()
+
+    def serve(self):
+        while True:
+            try: connection = self.socket.accept()[0]
+            except OSError: return
+            threading.Thread(target=self.one, args=(connection,), daemon=True).start()
+
+    def one(self, connection):
+        head, body, length = b"", b"", 0
+        with connection, contextlib.suppress(OSError):
+            while b"\r\n\r\n" not in head and not head.startswith(b"\x16") and (part := connection.recv(65536)): head += part
+            head, _, body = head.partition(b"\r\n\r\n")
+            if (found := re.search(rb"content-length: *(\d+)", head, re.I)): length = int(found[1])
+            while len(body) < length and (part := connection.recv(65536)): body += part
+            self.seen += 1
+            at = self.data.find(b"\r\n\r\n") + 4 if self.drip else len(self.data)
+            connection.sendall(self.data[:at])
+            for i in range(at, len(self.data)):
+                connection.sendall(self.data[i:i + 1])
+                if self.stop.wait(self.drip): return
+            if self.half:
+                connection.shutdown(socket.SHUT_WR)
+                self.stop.wait(5)
+
+
+def http(body, status="200 OK", kind="application/json", length=None, **headers):
+    "The bytes of an HTTP answer."
+    body = body if isinstance(body, bytes) else body.encode()
+    fields = {"content-type": kind, "content-length": len(body) if length is None else length, "connection": "close", **headers}
+    head = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k,v in fields.items() if v is not None)
+    return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body

@@ -1,18 +1,20 @@
 """Explainers and simulators, over the wire against a server on this machine, and in process on tiny models."""
-import json, os, signal, subprocess, sys, threading, time
+import contextlib, functools, json, os, re, shutil, signal, subprocess, sys, threading, time, types
 from pathlib import Path
 
 import numpy as np
 import openai._base_client as base
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from api_server import ApiServer, chat, level
+from api_server import ApiServer, RawServer, chat, http, level, words
+from sparse_coding import judge_client
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.models import load_model
 from sparse_coding.evidence import Examples, ev_correlation_score
-from sparse_coding.judge_client import (Client, Usage, balanced_accuracy, echo_numbers, expected_value, one_line,
-    show_token, stratified)
+from sparse_coding.judge_client import (Client, NoAnswer, Unusable, Usage, balanced_accuracy, echo_numbers,
+    expected_value, one_line, show_token, stratified)
 from sparse_coding.paper1.explaining import ApiModel, LocalModel, fragment_lines, levels, table_prompt
 from tiny import tiny_model
 
@@ -160,6 +162,359 @@ def test_a_damaged_file_is_asked_for_again(own_cache):
         (file,) = (own_cache/"requests").glob("*.json")
         file.write_text(file.read_text()[:40])
         assert judge(server).explain([examples(PLAIN, [1])]) == said and len(server.requests) == 2
+
+
+# ---- judges of every temper
+
+FIELDS = json.dumps(dict(choices=[dict(message=dict(content="ok"))]))
+QUESTION = dict(messages=[dict(role="user", content="Complete the sentence")], max_tokens=5)
+PAGE = "<!doctype html><html><head><title>Sign in</title><style>a{}</style></head><body><h1>Hello</h1></body></html>"
+
+def say(content=None, finish="stop", **message): return dict(message=dict(content=content, **message), finish_reason=finish)
+def hear(choice): return judge_client.content(dict(choices=[choice]))
+def few(n=1): return [examples([[k % 3, k, 2]], [k]) for k in range(n)]
+
+
+@pytest.mark.parametrize("thought", ["<think>\nOkay.\n</think>\n\n", "<think></think>", "<THINK>\nA <think> tag.</think> ", "Okay, so...\n</think>\n\n",
+    "<thinking>x\n[1, 2]</thinking>", "<think>a</think><think>b</think>", "<reasoning effort='low'>x</reasoning>", "[THINK]x[/THINK]", "\u25c1think\u25b7x\u25c1/think\u25b7",
+    "<seed:think>x</seed:think>", "<|START_THINKING|>x<|END_THINKING|>", "<|begin_of_thought|>x<|end_of_thought|>", "<think>a<think>b</think>c</think>",
+    "<|channel|>analysis<|message|>We need<|end|><|start|>assistant<|channel|>final<|message|>"])
+def test_closed_thoughts_are_no_part_of_an_answer(thought): assert hear(say(thought + "the word 'cat'")) == "the word 'cat'"
+
+
+def test_a_quoted_tag_is_no_thought():
+    for said in ("the tags '<think>' and '</think>'", 'the token "</think>"', "the tag `<think>`"): assert hear(say(said)) == said
+
+
+@pytest.mark.parametrize("choice", [say("<think>\nOkay, let me look at", "length"), say("<think>\nOkay, let me look at"), say("Sure.\n<thinking>Okay"),
+    say("<think>a</think>\n<think>b"), say("", reasoning_content="Okay"), say(None, reasoning="Okay"), say(None, "length", thinking="Okay"),
+    say([dict(type="thinking", thinking=[dict(type="text", text="Okay")])]), say([dict(type="reasoning", text="Okay")]), say("<think>Okay</think>\n"),
+    say("<|channel|>analysis<|message|>We need to", "length"), say("\u25c1think\u25b7Okay")])
+def test_thinking_is_no_answer(choice):
+    with pytest.raises(Unusable, match="thinking"): hear(choice)
+
+
+@pytest.mark.parametrize("finish", ["length", "max_tokens", "MAX_TOKENS", "model_length"])
+def test_a_judge_that_is_cut_off_is_told_its_limit(finish):
+    for said in ("<think>\nOkay, let me look at", "Okay, let me look at the tokens. The word", ""):
+        with ApiServer(lambda b: say(said, finish)) as server, pytest.raises(SparseCodingError, match="limit of 60 tokens.*SPARSE_CODING_JUDGE_EXTRA") as e:
+            judge(server).explain(few(3))
+        assert "thinking" in str(e.value) or not said.startswith("<")
+
+
+def test_a_list_that_is_whole_counts_even_if_what_follows_is_cut_off():
+    def rambles(body): return say(chat(body) + " This is because the", "length")
+    with ApiServer(rambles) as server: assert judge(server).simulate(["'cat'"], [examples(PLAIN).blind()])[0].max() == 9
+    with ApiServer(lambda body: say(chat(body)[:-3], "length")) as server, pytest.raises(SparseCodingError, match="limit of 40 tokens"):
+        judge(server).simulate(["'cat'"], [examples(PLAIN).blind()])
+
+
+def test_thoughts_in_front_of_a_list_are_not_read_as_its_numbers():
+    for mode in ("digits", "list"):
+        def thinks(body):
+            said = "<think>Perhaps [9, 9, 9, 9, 9]?</think>\n" + chat(body)
+            return {**say(said), "logprobs": dict(content=[dict(token=t, logprob=0., top_logprobs=[]) for t in words(said)])}
+        with ApiServer(thinks) as server:
+            found = judge(server, mode).simulate(["'cat'"], [examples(PLAIN).blind()])[0]
+        assert np.array_equal(found, 9.*(np.array(PLAIN) == 1)), mode
+
+
+@pytest.mark.parametrize("content", [[dict(type="thinking", thinking=[dict(type="text", text="hm")]), dict(type="text", text="the word 'cat'")],
+    [dict(type="text", text="the word "), dict(type="text", text="'cat'")], [dict(text="the word 'cat'")], ["the word 'cat'"], dict(type="text", text="the word 'cat'"),
+    [dict(type="output_text", text="the word 'cat'", annotations=[])], [dict(type="text", text="<think>x</think>"), dict(type="text", text="the word 'cat'")]])
+def test_the_text_parts_are_the_answer(content):
+    with ApiServer(lambda b: say(content)) as server: assert judge(server).explain(few()) == ["the word 'cat'"]
+
+
+@pytest.mark.parametrize("choice", [say("I\u2019m sorry, but I can\u2019t help."), say("I can\u2019t do that."), say("I'm sorry, no."), say("I apologize, but this is"),
+    say("Unfortunately, I cannot say."), say("I must decline."), say("I am not able to"), say("As a language model, I"), say("Sorry, no."), say("I don't have enough information."),
+    say("x", "content_filter"), say("x", "SAFETY"), say(None, "refusal"), say(None, refusal="no"), say([dict(type="refusal", refusal="no")]), say("<think>a</think> I won't.")])
+def test_refusals(choice):
+    with pytest.raises(Unusable, match="a refusal"): hear(choice)
+
+
+@pytest.mark.parametrize("said", ["sorry and other apologies", "apologies such as 'I am sorry'", "unfortunately and other adverbs", "declining an offer"])
+def test_no_refusals(said): assert hear(say(said)) == said
+
+
+def reasons(judge, n=20, **kw):
+    "The sentence of a run that is stopped."
+    with pytest.raises(SparseCodingError) as e: judge.explain(few(n))
+    return str(e.value)
+
+
+def test_a_judge_that_never_answers_stops_after_the_first_few():
+    "Once with each way of giving nothing; nothing of it is kept, so that a server that was put right is asked again."
+    for choice,why in ((say(None, reasoning_content="Okay"), "thinking"), (say("I can't."), "a refusal"), (say(""), "an empty answer")):
+        with ApiServer(lambda b: choice) as server:
+            j = judge(server)
+            said = reasons(j)
+            assert "answered none of 8" in said and why in said and "127.0.0.1" in said and len(server.requests) <= 16
+            assert sum(j.failures.values()) == 8
+            server.answer = chat
+            assert None not in judge(server).explain(few(3))
+
+
+def test_a_judge_that_explains_but_gives_no_numbers_stops_too():
+    blind = [examples(PLAIN).blind()]*20
+    with ApiServer(lambda b: chat(b) if "Complete" in b["messages"][0]["content"] else say("No idea.")) as server:
+        j = judge(server)
+        said = j.explain(few(20))
+        n = len(server.requests)
+        with pytest.raises(SparseCodingError, match="answered none of 8.*no list"): j.simulate(said, blind)
+        with pytest.raises(SparseCodingError, match="answered none of 8.*no list"): j.detect(said, [examples(PLAIN, [1])]*20, [examples(PLAIN)]*20)
+        with pytest.raises(SparseCodingError, match="answered none of"): j.fuzz(said, [examples(PLAIN, [1])]*20)
+        assert len(server.requests) - n <= 48
+
+
+def test_one_feature_that_nobody_wants_to_talk_about_does_not_stop_the_others():
+    "Its fragments come first, and all are refused."
+    def dainty(body): return say("I can't.") if "dog" in body["messages"][-1]["content"].split("\n")[0] else chat(body)
+    with ApiServer(dainty) as server:
+        j = judge(server)
+        found = j.simulate(["'dog'", "'cat'"], [examples(PLAIN*4).blind()]*2)
+        assert not found[0].any() and found[1].max() == 9 and j.failures == {"a refusal": 12}
+        assert j.detect(["'dog'", "'cat'"], [examples(PLAIN*15, [1])]*2, [examples([[0, 0, 2]]*15)]*2) == [None, 1.]
+
+
+def test_a_server_that_falls_silent_stops_the_run_and_the_rest_comes_later():
+    with ApiServer() as server:
+        j = judge(server, workers=2, retries=0)
+        assert None not in j.explain(few(9))
+        server.faults = ["500"]*99
+        with pytest.raises(SparseCodingError, match="in a row.*500.*kept"): j.explain(few(18))
+        server.faults = []
+        assert None not in judge(server).explain(few(18)) and len(set(server.bodies())) == 18
+
+
+LIMIT = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+REJECTIONS = {
+    "openai": (400, lambda field, b: dict(error=dict(message=LIMIT if field == "max_tokens" else f"Unsupported value: '{field}' does not support 0 with this model.", param=field))),
+    "mistral": (422, lambda field, b: dict(detail=[dict(type="extra_forbidden", loc=["body", field], msg="Extra inputs are not permitted", input=b[field])])),
+    "google": (400, lambda field, b: [dict(error=dict(message=f'Invalid JSON payload received. Unknown name "{field}": Cannot find field.', status="INVALID_ARGUMENT"))]),
+    "text": (400, lambda field, b: f"unknown field `{field}`, expected one of messages, model".encode())}
+
+@pytest.mark.parametrize("kind", REJECTIONS)
+@pytest.mark.parametrize("fields", [("max_tokens",), ("temperature",), ("max_tokens", "temperature")])
+def test_a_field_that_a_server_rejects_is_changed_once(kind, fields, recwarn):
+    status, error = REJECTIONS[kind]
+    def rejects(body): return next(((status, error(f, body)) for f in fields if f in body), None)
+    with ApiServer(rejects=rejects) as server:
+        j = judge(server, workers=1)
+        assert None not in j.explain(few(4)) and not j.failures
+        assert len(server.requests) == 4 + len(fields)                         # rejected in the first question only
+        sent = server.requests[-1][1]
+        assert not set(fields) & set(sent) and ("max_tokens" not in fields or sent["max_completion_tokens"] == 60)
+        assert sum("127.0.0.1" in str(w.message) and all(f in str(w.message) for f in fields) for w in recwarn.list) == 1
+        n = len(server.requests)
+        assert None not in judge(server).explain(few(4)) and len(server.requests) == n
+
+
+def test_a_seed_that_is_rejected_is_left_out():
+    with ApiServer(faults=["sorry"], rejects=lambda b: (422, dict(detail="seed: Extra inputs are not permitted")) if "seed" in b else None) as server:
+        assert judge(server).explain(few()) == ["the word 'the'"] and len(server.requests) == 3
+
+
+def test_the_limit_may_be_called_the_old_way():
+    def rejects(body): return (400, dict(error=dict(message="max_completion_tokens: unknown field"))) if "max_completion_tokens" in body else None
+    with ApiServer(lambda b: "ok", rejects=rejects) as server:
+        Client("m", server.url, extra=dict(max_tokens=None, max_completion_tokens=9)).ask("chat/completions", QUESTION)
+        assert server.requests[-1][1]["max_tokens"] == 9
+
+
+@pytest.mark.parametrize("text", ["'max_tokens' or 'max_completion_tokens' is too large: 60. This model's maximum context length is 50 tokens.",
+    "This model's maximum context length is 50 tokens, however you requested 110 (50 in your prompt; 60 for max_tokens).", "temperature, seed and max_tokens are wrong"])
+def test_an_error_that_only_mentions_a_field_changes_nothing_for_the_others(text):
+    with ApiServer(rejects=lambda b: (400, dict(error=dict(message=text))) if "\t5" in b["messages"][-1]["content"] or "dog" in b["messages"][-1]["content"] else None) as server:
+        j = judge(server, workers=1)
+        assert j.explain([examples(PLAIN, [1]), examples([[0, 1, 3]], [1])])[1] == "the word 'cat'" and sum(j.failures.values()) == 1
+        assert {b["max_tokens"] for _,b in server.requests[-1:]} == {60} and server.requests[-1][1]["temperature"] == 0
+
+
+def test_more_fields_from_the_environment(monkeypatch):
+    for said in ("x", "[1]", "3", '{"a": ', "[" * 100_000):
+        monkeypatch.setenv("SPARSE_CODING_JUDGE_EXTRA", said)
+        monkeypatch.setenv("SPARSE_CODING_JUDGE", "one")
+        monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+        with pytest.raises(SparseCodingError, match="SPARSE_CODING_JUDGE_EXTRA.*JSON"): judge_client.service_from_environment(Words())
+    monkeypatch.setenv("SPARSE_CODING_JUDGE_EXTRA", ' {"max_tokens": 2000, "temperature": null} ')
+    service = judge_client.service_from_environment(Words())
+    assert service.client.body(dict(max_tokens=60, temperature=0)) == dict(model="one", max_tokens=2000)
+    with pytest.raises(SparseCodingError, match="JSON"): Client("m", "http://localhost:1/v1", extra=dict(x=object()))
+
+
+@pytest.mark.parametrize("said, key", [("sk-abc\n", "sk-abc"), (" sk-abc\r\n", "sk-abc"), ("\ufeffsk-abc", "sk-abc"), ('"sk-abc"', "sk-abc"), ("\n", "none")])
+def test_a_key_without_what_stands_around_it(monkeypatch, said, key):
+    monkeypatch.setenv("OPENAI_API_KEY", said)
+    with ApiServer(lambda b: "ok") as server:
+        Client("m", server.url).ask("chat/completions", QUESTION)
+        assert {k.lower(): v for k,v in server.headers[0].items()}["authorization"] == f"Bearer {key}"
+
+
+@pytest.mark.parametrize("name, said", [("OPENAI_API_KEY", "sk-very\nsecret"), ("OPENAI_API_KEY", "\u201csk-very-secret\u201d"), ("OPENAI_API_KEY", "sk-very-secret\udcff"),
+    ("OPENAI_API_KEY", "sk-very-secret\x7f"), ("OPENAI_ORG_ID", "secret\nx"), ("OPENAI_PROJECT_ID", "secret\u201c")])
+def test_what_no_header_can_hold_is_named_and_not_shown(monkeypatch, name, said):
+    monkeypatch.setenv(name, said)
+    with ApiServer(lambda b: "ok") as server, pytest.raises(SparseCodingError, match=name) as e: Client("m", server.url, retries=0).ask("chat/completions", QUESTION)
+    assert "secret" not in str(e.value) and "reach" not in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("address", ["localhost:8000/v1", "127.0.0.1:8000", "api.example.com/v1", "http://", "http:///v1", "ws://localhost/v1", "http://localhost:port/v1", "http://localhost:99999/v1",
+    "http://[::1/v1", "http://exa mple/v1", "//localhost/v1", "file:///x", "[", "http://x\x00y/v1", "http://a..b/v1", "http://" + "a"*300 + "/v1", "htp://u:secret@localhost", "http://localhost:1/v1?api-version=3"])
+def test_an_address_that_is_none(monkeypatch, address):
+    for given in (True, False):
+        if not given: monkeypatch.setenv("OPENAI_BASE_URL", address) if "\x00" not in address else monkeypatch.setenv("OPENAI_BASE_URL", "nowhere")
+        with pytest.raises(SparseCodingError, match="base_url.*OPENAI_BASE_URL.*http://") as e: Client("m", address if given else None)
+        assert "secret" not in str(e.value) and len(str(e.value).splitlines()) == 1
+    if address == "localhost:8000/v1": assert "http://localhost:8000/v1" in str(e.value)
+
+
+def test_an_address_with_something_around_it(monkeypatch):
+    for address in (" http://localhost:8000/v1\n", '"http://localhost:8000/v1/"', "http://localhost:8000/v1/chat/completions", "HTTP://localhost:8000/v1"):
+        assert Client("m", address).base_url == "http://localhost:8000/v1"
+    monkeypatch.setenv("OPENAI_BASE_URL", " \n")
+    with pytest.raises(SparseCodingError, match="lexicon"): Client("m")
+    assert Client("m", "http://[::1]:8000/v1").host == "[::1]:8000"
+
+
+@pytest.mark.parametrize("variables, words", [(dict(http_proxy="http://user:secret@127.0.0.1:1"), "proxy 127.0.0.1:1 .*http_proxy.*NO_PROXY"), (dict(ALL_PROXY="http://127.0.0.1:1"), "proxy 127.0.0.1:1 .*all_proxy"),
+    (dict(HTTP_PROXY="foo://x"), "HTTP_PROXY"), (dict(http_proxy="http://user:se/cret@x:1"), "HTTP_PROXY"), (dict(http_proxy="http://[::1"), "HTTP_PROXY"),
+    (dict(ALL_PROXY="socks5://127.0.0.1:1"), "socksio|127.0.0.1:1"), (dict(SSL_CERT_FILE="/no/such"), "SSL_CERT_FILE")])
+def test_a_proxy_or_a_certificate_file_is_named(monkeypatch, variables, words):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"): monkeypatch.delenv(name, raising=False); monkeypatch.delenv(name.upper(), raising=False)
+    for name,value in variables.items(): monkeypatch.setenv(name, value)
+    with ApiServer(lambda b: "ok") as server, pytest.raises(SparseCodingError, match=words) as e: Client("m", server.url, retries=0).ask("chat/completions", QUESTION)
+    assert "cret" not in str(e.value)
+
+
+def test_a_proxy_that_says_no(monkeypatch):
+    for status,words in (("407 Proxy Authentication Required", "proxy"), ("403 Forbidden", "proxy.*Sign in|Sign in.*proxy")):
+        with RawServer(http(PAGE, status, "text/html")) as proxy:
+            monkeypatch.setenv("http_proxy", proxy.url[:-3])
+            monkeypatch.setenv("https_proxy", proxy.url[:-3])
+            monkeypatch.delenv("no_proxy", raising=False); monkeypatch.delenv("NO_PROXY", raising=False)
+            with pytest.raises(SparseCodingError, match=words): Client("m", "http://api.example.invalid/v1", retries=0).ask("chat/completions", QUESTION)
+            with pytest.raises(SparseCodingError, match=f"{status[:3]}.*proxy"): Client("m", "https://api.example.invalid/v1", retries=0).ask("chat/completions", QUESTION)
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    for status in (400, 401, 404, 429, 500):
+        with ApiServer(rejects=lambda b: (status, dict(error=dict(message="wrong: sk-very-secret")))) as server, pytest.raises(SparseCodingError, match="wrong") as e:
+            judge(server, retries=0).explain(few())
+        assert "very-secret" not in str(e.value)
+
+
+def test_why_a_server_cannot_be_reached():
+    with pytest.raises(SparseCodingError, match="127.0.0.1:1 cannot be reached.*[Rr]efused"): Client("m", "http://127.0.0.1:1/v1", retries=0).ask("chat/completions", QUESTION)
+    with pytest.raises(SparseCodingError, match=r"no.host.invalid cannot be reached \(.+\)"): Client("m", "http://no.host.invalid/v1", retries=0).ask("chat/completions", QUESTION)
+    with RawServer(b"HTTP/1.1 400 Bad Request\r\n\r\n", half=True) as server, pytest.raises(SparseCodingError, match="cannot be reached.*SSL"):
+        Client("m", server.url.replace("http", "https"), retries=0, timeout=2.).ask("chat/completions", QUESTION)
+
+
+ODD_ANSWERS = {
+    "a web page": (http(PAGE, kind="text/html"), "web page.*Sign in"), "a page with 502": (http(PAGE, "502 Bad Gateway", "text/html"), "502: Sign in"),
+    "a page with 404": (http(PAGE, "404 Not Found", "text/html"), "404: Sign in.*base_url"), "405": (http("", "405 Method Not Allowed"), "405: Method Not Allowed.*base_url"),
+    "a page with 403": (http(PAGE, "403 Forbidden", "text/html"), "403: Sign in.*OPENAI_API_KEY"), "400 in words": (http("no such thing", "400 Bad", "text/plain"), "400: no such thing"),
+    "detail": (http('{"detail": "no such thing"}', "422 U"), "422: no such thing"), "a list": (http('[{"error": {"message": "no such thing"}}]', "400 B"), "400: no such thing"),
+    "an error in a string": (http('{"error": "no such model"}', "404 N"), "404: no such model"), "nothing": (http("", "500 Internal Server Error"), "500: Internal Server Error"),
+    "to be paid": (http('{"error": {"message": "Insufficient Balance"}}', "402 P"), "402: Insufficient Balance"), "304": (http("", "304 Not Modified"), "304"),
+    "later": (http("{}", "429 T", retry_after="3600"), "429.*3600"), "much later": (http("{}", "429 T", retry_after="1e999"), "429"), "never": (http("{}", "429 T", retry_after="Mon, 99 Foo 99999999"), "429"),
+    "an error with 200": (http('{"error": {"message": "out of memory", "code": 500}}'), "out of memory"), "no JSON": (http("ok"), "not JSON"), "no content": (http("", "204 No Content"), "not JSON|empty"),
+    "not UTF-8": (http(FIELDS.encode()[:-3] + b"\xff\xfe"), "not JSON"), "deep": (http('{"choices": ' + "["*100_000 + "]"*100_000 + "}"), "not JSON"), "a stream": (http("data: {}\n\n", kind="text/event-stream"), "not JSON"),
+    "cut": (http(FIELDS, length=9999), "broke off"), "a cut chunk": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{\"cho", "broke off"), "no gzip": (http(FIELDS, content_encoding="gzip"), "broke off|unreadable"),
+    "not HTTP": (b"SSH-2.0-OpenSSH_9\r\n", "HTTP"), "nothing at all": (b"", "broke off"), "half a head": (b"HTTP/1.1 200 OK\r\ncontent-ty", "broke off"),
+    "a circle": (http("", "302 Found", location="/v1/chat/completions"), "redirect"), "elsewhere": (http("", "307 T", location="ftp://x/"), "ftp"),
+    **{f"choices {i}": (http(json.dumps(dict(choices=c))), "form|without content|empty") for i,c in enumerate([{"0": 1}, [None], "abc", [], [[1]], [dict(message="x")], [dict(message=dict(content=3))], [dict()]])}}
+
+@pytest.mark.parametrize("name", ODD_ANSWERS)
+def test_an_odd_answer_is_told_as_it_is(name):
+    data, words = ODD_ANSWERS[name]
+    for half in (False, True) if name in ("cut", "a cut chunk", "half a head") else (False,):
+        with RawServer(data, half=half) as server: said = reasons(judge(server, retries=1, timeout=3.), n=2)
+        assert re.search(words, said) and len(said.splitlines()) == 1 and "<" not in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("usage", [dict(prompt_tokens="12", completion_tokens=-4), [1], "x", dict(prompt_tokens=None), dict(prompt_tokens=float("nan")), dict(prompt_tokens=10**30), dict(prompt_tokens=1.5)])
+def test_odd_counts_are_replaced_by_the_estimate(usage):
+    with ApiServer(lambda b: "ok") as server, RawServer(http(json.dumps(dict(json.loads(FIELDS), usage=usage)))) as raw:
+        client = Client("m", raw.url, budget=1e4)
+        client.ask("chat/completions", QUESTION)
+        assert client.used == client.expected(client.body(QUESTION))
+
+
+@pytest.mark.parametrize("kind", ["text/plain", None, "application/json; charset=foo"])
+def test_json_by_another_name(kind):
+    for text in (FIELDS.encode(), b"\xef\xbb\xbf" + FIELDS.encode()):
+        with RawServer(http(text, kind=kind)) as server: assert Client("m", server.url).ask("chat/completions", QUESTION)["choices"]
+
+
+def test_an_answer_that_drips_or_never_ends_is_given_up():
+    start = time.monotonic()
+    with RawServer(http(FIELDS + " "*999), drip=.05) as server, pytest.raises(NoAnswer, match="in time"): Client("m", server.url, retries=0, timeout=.5).ask("chat/completions", QUESTION)
+    assert time.monotonic() - start < 5
+    with RawServer(http(FIELDS), drip=.002) as server: assert Client("m", server.url, timeout=5.).ask("chat/completions", QUESTION)["choices"]
+
+
+def test_a_damaged_file_that_is_json_is_asked_for_again(own_cache):
+    for text in ("[]", "{}", '{"answer": {}, "used": 3}', "null", '{"answer": {"choices": []}, "used": [1, "x", 2]}', "["*100_000):
+        with ApiServer() as server:
+            said = judge(server).explain(few())
+            (file,) = (own_cache/"requests").glob("*.json")
+            file.write_text(text)
+            assert judge(server).explain(few()) == said and len(server.requests) == 2
+            file.unlink()
+
+
+def test_a_damaged_memory_of_the_way_is_tried_again(own_cache):
+    with ApiServer(echo=False) as server:
+        judge(server, "auto").way()
+        (file,) = (own_cache/"requests").glob("mode-*")
+        for text in ("{}", "[]", '["guess", {}]', "3", '["prompt"]'):
+            file.write_text(text)
+            assert judge(server, "auto").way() == ("digits", {})
+
+
+# ---- two thousand odd answers
+
+def a_record(**optional): return st.fixed_dictionaries({}, optional=optional)
+SCRAPS = st.sampled_from(["[0, 1, 2]", "[0, 1", "]", "[[0]]", "<think>", "</think>", "'<think>'", "[THINK]", "I\u2019m sorry", "the word 'cat'", "\ud83d", "\x00", "1"*5000, "[" + "1"*5000 + "]",
+    "[NaN, 0, 1]", "[0.5, 1, 2]", "[true]", "[-1, 2, 3]", "```json\n[9, 9, 9]\n```", "\u2028", "<|channel|>final<|message|>", "[\u0661, 2, 3]", "[0,1,2,]", "9", "\t"])
+TEXT = st.lists(SCRAPS | st.text(max_size=5), max_size=5).map("".join)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+ANYTHING = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3), max_leaves=6)
+PART = a_record(type=st.sampled_from(["text", "thinking", "refusal", "output_text", "image"]) | ANYTHING, text=TEXT | ANYTHING, refusal=ANYTHING)
+MESSAGE = a_record(content=TEXT | st.lists(PART | TEXT, max_size=3) | PART | ANYTHING, refusal=st.none() | ANYTHING, reasoning_content=ANYTHING, role=ANYTHING)
+TOKEN = a_record(token=TEXT | ANYTHING, logprob=ANYTHING, top_logprobs=st.lists(a_record(token=TEXT | ANYTHING, logprob=st.floats() | ANYTHING), max_size=3) | ANYTHING)
+ECHOED = a_record(tokens=st.lists(TEXT, max_size=4) | ANYTHING, text_offset=st.lists(st.integers(-5, 3000), max_size=4) | ANYTHING, content=st.lists(TOKEN, max_size=4) | ANYTHING,
+                  top_logprobs=st.lists(st.none() | st.dictionaries(st.sampled_from(["0", "10", " 3", "\t5", "1"*5000, "\u00b2", "\u0661"]) | TEXT, st.floats() | st.none(), max_size=4), max_size=4) | ANYTHING)
+CHOICE = a_record(message=MESSAGE | ANYTHING, finish_reason=st.sampled_from(["stop", "length", "content_filter", "tool_calls"]) | ANYTHING, logprobs=ECHOED | ANYTHING, text=ANYTHING)
+ANSWER = a_record(choices=st.lists(CHOICE | ANYTHING, max_size=2) | ANYTHING, usage=a_record(prompt_tokens=ANYTHING, completion_tokens=ANYTHING) | ANYTHING, error=ANYTHING) | ANYTHING
+
+@functools.cache
+def nobody(): return Client("m", "http://localhost:1/v1", workers=1)
+
+@pytest.mark.parametrize("mode", ["explain", *judge_client.MODES])
+@settings(max_examples=600, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(answer=ANSWER)
+def test_whatever_a_server_answers_becomes_numbers_or_a_sentence(mode, answer, fresh, own_cache):
+    client = nobody()
+    client._openai = types.SimpleNamespace(post=lambda *args, **kw: answer, api_key="none")
+    j = ApiModel(Words(), client, mode="list" if mode == "explain" else mode, reasks=0)
+    shutil.rmtree(own_cache, ignore_errors=True)
+    if mode == "prompt": j.way = lambda: ("prompt", {"max_tokens": 0, "logprobs": 5})
+    try: found = j.explain([examples([[0, 1, 2]], [1])]) if mode == "explain" else j.simulate(["'cat'"], [examples([[0, 1, 2]]).blind()])
+    except SparseCodingError as e: assert len(str(e).splitlines()) == 1 and "answered none of 1" in str(e)
+    else: assert isinstance(found[0], str) and found[0] and len(found[0].splitlines()) == 1 if mode == "explain" else np.isfinite(found[0]).all() and (found[0] >= 0).all() and (found[0] <= 10).all()
+    assert client.used.tokens >= 0
+
+
+def test_readers_are_quick_on_long_answers():
+    start = time.monotonic()
+    for piece in ("<think>", "</think>", "[", "]", "[0, ", "<think>[1]</think>", "I'm sorry ", "<", "<think ", "'<think>", "\n"):
+        for read in (lambda t: hear(say(t)), lambda t: judge_client.read_list(t, 3, 10)):
+            with contextlib.suppress(Unusable): read(piece*(10**6//len(piece)))
+    assert time.monotonic() - start < 10
 
 
 # ---- money
