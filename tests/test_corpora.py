@@ -1,17 +1,21 @@
 """Documents in, rows out, against plain Python on texts small enough to see through."""
 import json
 import random
+import resource
 import tracemalloc
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.models import load_model
+from sparse_coding import corpora
 from sparse_coding.corpora import Document, Rows, documents, interleave, load_rows, split_of
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 WORDS = "the river runs from mountains to sea and people of valley have always lived by it".split()
 
@@ -145,10 +149,129 @@ def test_text_that_spells_a_special_token(model, tmp_path):
     assert (made.tokens == 0).sum() <= 9  # only the joints
 
 
+def test_null_text_is_passed_over_and_counted(model, tmp_path):
+    rows = [{"text": t} for t in make(300)]
+    rows[77]["text"], rows[78]["text"], rows[79]["text"] = None, float("nan"), "  "
+    made = load_rows(jsonl(tmp_path/"a.jsonl", rows), model, row_len=16, heldout=0)
+    assert len(made.documents) == 297 and made.n_blank == 3
+    table = pa.table({"text": ["one", None, "two"], "domain": [None, "d", "d"]})
+    pq.write_table(table, tmp_path/"a.parquet")
+    assert [(d.text, d.domain) for d in documents(str(tmp_path/"a.parquet"))] == [("one", "a"), ("two", "d")]
+
+
+@pytest.mark.parametrize("field", ["text", "title", "domain", "topic"])
+def test_half_a_character(model, tmp_path, field):
+    rows = [{"text": t} for t in make(9)]
+    rows[4][field] = "cut \ud83d here, and \udc00" + rows[4].get(field, "")
+    made = load_rows(jsonl(tmp_path/"a.jsonl", rows), model, row_len=8, heldout=0)
+    found = made.documents[4][field] if field != "text" else next(d.text for i, d in enumerate(documents(made.corpus)) if i == 4)
+    assert found.startswith("cut \ufffd here, and \ufffd") and len(made.documents) == 9
+
+
+def test_many_domains_need_few_files_and_lose_little(model, tmp_path):
+    "A host per two documents: more of them than a process may have open files, and each shorter than a row."
+    rows = [{"text": t, "domain": f"www.site-{i//2}.example"} for i, t in enumerate(make(800))]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try: made = load_rows(jsonl(tmp_path/"a.jsonl", rows), model, row_len=64, heldout=0)
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    possible = sum(d["tokens"] for d in made.documents)//64
+    assert possible - 1 <= len(made) <= possible
+    assert len(set(map(tuple, made.tokens.tolist()))) == len(made)
+    tokens = {i: made.tokens[made.docs == i] for i in np.unique(made.docs)}
+    ids = lambda i: [*model.tokenizer.backend_tokenizer.encode(rows[i]["text"]).ids, 0]
+    for i, found in tokens.items(): assert set(found.tolist()) <= set(ids(i)) and len(found) <= made.documents[i]["tokens"]
+
+
+def test_streaming_domains_that_never_fill_a_row_ends(model, monkeypatch):
+    def endless(name, split, streaming):
+        for i in range(10**9): yield {"text": f"{i} " + " ".join(WORDS*2), "domain": f"host {i}"}
+    monkeypatch.setattr("sparse_coding.corpora.hub_reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", endless)
+    assert len(load_rows("somebody/web", model, n_tokens=64*256, row_len=256)) == 64
+
+
+def test_a_stream_that_breaks_off_is_told(model, monkeypatch):
+    def broken(name, split, streaming):
+        yield {"text": "a"}
+        raise ConnectionError("peer went away\nat length")
+    monkeypatch.setattr("sparse_coding.corpora.hub_reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    with pytest.raises(SparseCodingError, match=r"cannot be read \(peer went away\)"): load_rows("somebody/web", model, n_tokens=1000, row_len=16)
+
+
+def test_few_documents_are_told_before_and_at_the_rows(model, tmp_path):
+    for i in range(3): (tmp_path/f"book {i}.txt").write_text("\n\n".join(make(40, seed=i)), encoding="utf-8")
+    side = split_of((tmp_path/"book 0.txt").read_text(encoding="utf-8"))
+    assert side == "train"
+    with pytest.raises(SparseCodingError, match=r"3 documents, and all fall into the train part.*one \.txt file.*blank lines"): corpora.check_corpus(str(tmp_path))
+    with pytest.raises(SparseCodingError, match=r"heldout part of .*, 0 of 3 documents, .*fewer than one row.*blank lines"): load_rows(str(tmp_path), model, "heldout", row_len=16)
+    whole = tmp_path/"whole.txt"
+    whole.write_text("\n\n".join(make(120)), encoding="utf-8")
+    corpora.check_corpus(str(whole)), corpora.check_corpus("code")
+    assert len(load_rows(str(whole), model, "heldout", row_len=16))
+
+
+def test_leavings_are_passed_over_and_suffixes_may_be_large(tmp_path):
+    for name in ("._a.txt", ".hidden/b.txt", ".DS_Store", "__MACOSX/._c.jsonl", ".git/x.txt"):
+        (tmp_path/"in"/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"in"/name).write_bytes(b"\x00\x05\x16\xff")
+    (tmp_path/"in"/"a.txt").write_text("one", encoding="utf-8")
+    jsonl(tmp_path/"in"/"BIG.JSONL", [{"text": "two"}])
+    (tmp_path/"in"/"folder.txt").mkdir()
+    (tmp_path/"in"/"gone.txt").symlink_to(tmp_path/"nowhere.txt")
+    assert [d.text for d in documents(str(tmp_path/"in"))] == ["two", "one"]
+    assert [d.text for d in documents(str(tmp_path/"in"/"BIG.JSONL"))] == ["two"]
+    assert corpora.corpus_kind("nowhere/BIG.Parquet")[0] == "local"
+    with pytest.raises(SparseCodingError, match="is no .txt, .jsonl, .parquet file"): next(documents(str(tmp_path/"in"/"folder.txt")))
+    with pytest.raises(SparseCodingError, match="no file here"): corpora.check_corpus("x"*5000)
+
+
+def test_embedded_names_win_over_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("code", "encyclopedia", "embedded", "mine"):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/"a.txt").write_text("mine", encoding="utf-8")
+    assert next(documents("code")).domain == "code" and next(documents("./code")).text == "mine"
+    assert [corpora.corpus_kind(c)[0] for c in ("code", "code+encyclopedia", "embedded", "./code", "mine")] == ["embedded"]*3 + ["local"]*2
+
+
+def begins(folder, before=None, **names):
+    "The tiny model with a tokenizer that has these special tokens, and puts one of them before every text."
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if before:
+        known = [(t, tokenizer.token_to_id(t)) for t in ("<s>", "</s>")]
+        tokenizer.post_processor = TemplateProcessing(single=before, special_tokens=known)
+    tiny_model(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return load_model(folder, device="cpu")
+
+
+def test_rows_begin_as_the_tokenizer_begins(tmp_path, mixed):
+    path, _ = mixed
+    for before, first in (("<s> $A", True), ("$A </s>", False), (None, False)):
+        model = begins(tmp_path/str(len(before or "")), before, bos_token="<s>", eos_token="</s>")
+        made = load_rows(path, model, row_len=17, heldout=0)
+        bos = model.tokenizer.bos_token_id
+        assert (made.tokens[:, 0] == bos).all() if first else (made.tokens != bos).all()
+        assert made.first == (bos if first else None) and corpora.first_token(model) == made.first
+        assert (load_rows(path, model, row_len=17, heldout=0, bos=False).tokens != bos).all()
+        assert corpora.first_token(model, bos=True) is not None
+
+
+def test_a_tokenizer_without_a_beginning(tmp_path, mixed):
+    path, _ = mixed
+    model = begins(tmp_path/"none", eos_token="</s>")
+    model.bos_id, model.eot_id = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id      # as without <|endoftext|>
+    made = load_rows(path, model, row_len=17, bos=True, heldout=0)
+    assert model.bos_id is None and (made.tokens[:, 0] == model.eot_id).all()
+
+
 def test_memory_does_not_grow_with_the_corpus(model, tmp_path):
     peaks = []
     for n in (2_500, 10_000):
-        with open(tmp_path/f"{n}.txt", "w") as f:
+        with open(tmp_path/f"{n}.txt", "w", encoding="utf-8") as f:
             for i in range(n): f.write(f"{i} " + " ".join(WORDS*8) + "\n\n")
         tracemalloc.start()
         load_rows(str(tmp_path/f"{n}.txt"), model, row_len=256)
@@ -162,7 +285,9 @@ def test_memory_does_not_grow_with_the_corpus(model, tmp_path):
     ("latin.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"),
     ("broken.jsonl", b'{"text": "a"}\n{"text"', "Line 2 of .* is not JSON"),
     ("other.jsonl", b'{"body": "a"}', "Line 1 of .* has no field 'text'.*body"),
-    ("list.jsonl", b"[1]", "has no field 'text'"), ("null.jsonl", b'{"text": null}', "has no field 'text'"),
+    ("list.jsonl", b"[1]", "has no field 'text'"), ("null.jsonl", b'{"text": null}\n{"text": ""}', "all of its 2 documents are blank"),
+    ("number.jsonl", b'{"text": 5}', "a int in it"), ("deep.jsonl", b"["*100_000, "Line 1 of .* is not JSON"),
+    ("nothing.jsonl", b"null", "has no field 'text'"), ("empty.parquet", b"", "not a parquet file"),
     ("fake.parquet", b"not parquet at all", "not a parquet file"),
     ("table.csv", b"text\na", "is no .txt, .jsonl, .parquet file"),
     ("short.txt", b"two words", "fewer than one row of 256")])
@@ -182,7 +307,7 @@ def test_bad_requests(model, mixed):
     path, _ = mixed
     for says, kw in [("Unknown split", dict(split="test")), ("longer than the context", dict(row_len=513)),
                      ("no share", dict(heldout=1.)), ("less than a row", dict(n_tokens=10)),
-                     ("heldout part .* fewer than one row", dict(split="heldout", row_len=512))]:
+                     ("heldout part .* fewer than one row", dict(split="heldout", row_len=512, heldout=.03))]:
         with pytest.raises(SparseCodingError, match=says): load_rows(path, model, **kw)
     with pytest.raises(SparseCodingError, match="does not exist"): load_rows("./nothing.jsonl", model)
     with pytest.raises(SparseCodingError, match="with n_tokens"): load_rows("somebody/some-data", model)
