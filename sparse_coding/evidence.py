@@ -29,7 +29,7 @@ from .presets import Preset, Site, SparseCodingError
 from .runs import fast_matmul, load_or_compute
 from .plots import COLORS
 from .models import LanguageModel
-from .corpora import Rows, load_rows
+from .corpora import GLYPHS, Rows, load_rows
 from .activations import ActivationStore, load_store
 from .dictionaries import Dictionary
 from .splicing import Placed
@@ -278,10 +278,11 @@ def _drawable():
 
 def printable(
     text:str, # of a token
-) -> str: # on one line, with long gaps as an arrow
-    "Text that can be drawn."
+) -> str: # on one line, with long gaps as an arrow; dollars escaped as in `readable`, or two would open a formula
+    "Text that can be drawn, or written on a page, with its blanks as they are."
     text = re.sub(r"[ \t]{3,}", "⇥", text)
-    return "".join("↵" if c == "\n" else c if ord(c) in _drawable() and c.isprintable() else "·" for c in text)
+    def one(c): return GLYPHS[c] if c in "\n$" else c if ord(c) in _drawable() and c.isprintable() else "·"
+    return "".join(map(one, text))
 
 # %% ../nbs/foundation/17_evidence.ipynb #694bf959
 def around(
@@ -319,7 +320,7 @@ def draw_examples(
     "Fragments as text, cut around the strongest token, each token shaded by the feature's activation."
     strongest = max(float(examples.acts.max()), 1e-9)
     for row,(tokens,acts) in enumerate(zip(examples.tokens, examples.acts)):
-        texts = [printable(t) for t in model.str_tokens(tokens)]
+        texts = [printable(t).replace(r"\$", "$") for t in model.str_tokens(tokens)]    # drawn one by one
         a, b = around([len(t) for t in texts], int(acts.argmax()), width)
         _draw_line(ax, row, texts[a:b], acts[a:b]/strongest)
     ax.set(xlim=(0, width), ylim=(len(examples) - .4, -.6))

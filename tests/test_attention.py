@@ -8,6 +8,7 @@ from sparse_coding import attention  # noqa: F401  (adds methods)
 from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import LanguageModel, load_model
 from sparse_coding.attention import freeze_norm
+from sparse_coding.partial_runs import renumber
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -91,3 +92,69 @@ def test_a_neox_without_biases_in_attention():
     v = torch.einsum("bsm,kme->bske", model.attn_norm(2)(model.resid_pre(tokens, [2])[2]), W)
     assert_close(model.attend(tokens, 2)[2].v, v, atol=1e-4, rtol=1e-3)
     assert not b.any()
+
+
+@pytest.fixture(scope="module")
+def peculiar(tmp_path_factory):
+    return lambda arch: load_model(tiny_model(tmp_path_factory.mktemp("p")/arch, arch, n_layers=3), device="cpu")
+
+
+def stored(model):
+    "Patterns from the same weights, by the model's own slow attention."
+    hf = AutoModelForCausalLM.from_pretrained(model.source, attn_implementation="eager").eval()
+    return lambda tokens: hf(tokens, use_cache=False, output_attentions=True).attentions
+
+
+@pytest.mark.parametrize("arch", ["mistral", "qwen2", "gemma3_text", "phi3", "smollm3", "gemma2"])
+def test_windows_and_caps(peculiar, arch):
+    "Rows of 20 tokens, windows of 7 and, in Gemma 2, a cap of 2."
+    model, tokens = peculiar(arch), torch.arange(1, 21)[None].repeat(2, 1)
+    truth, seen = stored(model)(tokens), model.attend(tokens, range(3))
+    for l,a in seen.items(): assert_close(a.pattern, truth[l], atol=1e-5, rtol=1e-4)
+    assert any((truth[l][0, 0, 19, :13] == 0).all() for l in range(3))
+    x = model.run_to(tokens, Site(0))[Site(0)]
+    with torch.no_grad(): logits, _ = model.run_packed(0, x, *renumber(torch.arange(20).expand(2, -1), torch.tensor([0, 19]), 0), {})
+    assert_close(logits, model.logits(tokens)[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text", "olmo2", "cohere", "stablelm", "smollm3", "phi3", "gpt_neox"])
+def test_queries_and_keys_in_parts(peculiar, arch):
+    model, tokens = peculiar(arch), torch.arange(1, 21)[None]
+    x, at = model.resid_pre(tokens, range(3)), torch.arange(20)
+    for l,a in model.attend(tokens, range(3)).items():
+        half = torch.randn(20, 32)
+        parts = torch.stack([half, x[l][0] - half], 1)
+        for head in (0, 3):
+            for key, whole in ((False, a.q), (True, a.k)):
+                found = model.qk_parts(l, head, x[l][0], parts, at, key)
+                assert found.shape == (20, 3, whole.shape[-1])
+                assert_close(found.sum(1), whole[0, :, head], atol=1e-4*float(whole.abs().max()), rtol=0)
+
+
+def test_phi_3_keeps_all_three_in_one_matrix(peculiar):
+    model, tokens = peculiar("phi3"), torch.arange(1, 12)[None]
+    (W, b), seen = model.W_V(1), model.attend(tokens, 1)[1]
+    v = torch.einsum("bsm,kme->bske", model.attn_norm(1)(model.resid_pre(tokens, [1])[1]), W) + b
+    assert_close(seen.v, v, atol=1e-5*float(v.abs().max()), rtol=0)
+
+
+def test_what_heads_write_behind_a_norm_is_refused(peculiar):
+    with pytest.raises(SparseCodingError, match="Gemma3ForCausalLM sends what its heads bring through a norm"): peculiar("gemma3_text").W_O(0)
+
+
+def test_attention_in_its_own_code_is_refused(peculiar):
+    model, tokens = peculiar("gptj"), torch.arange(1, 9)[None]
+    for call in (lambda: model.attend(tokens, 1), lambda: model.W_V(0), lambda: model.masks(4),
+                 lambda: model.run_packed(0, torch.zeros(1, 4, 32), torch.arange(4)[None], torch.ones(1, 4, dtype=bool), {})):
+        with pytest.raises(SparseCodingError, match="GPTJForCausalLM computes attention in its own code"): call()
+    assert model.hf.config._attn_implementation == "eager"
+
+
+def test_what_is_not_known_of_is_noticed(tmp_path):
+    "At the first call, and said again by every other."
+    model, tokens = load_model(tiny_model(tmp_path/"x", "llama", n_layers=2), device="cpu"), torch.arange(1, 9)[None]
+    model.blocks[1].self_attn.q_norm = torch.nn.RMSNorm(8)                   # it says that it norms, and does not
+    for layer in (1, 0):
+        with pytest.raises(SparseCodingError, match="queries and keys in a way that is not known"):
+            model.qk_parts(layer, 0, torch.randn(2, 32), torch.randn(2, 1, 32), torch.arange(2), False)
+    assert model.attend(tokens, 1)[1].pattern.shape == (1, 4, 8, 8)

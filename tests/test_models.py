@@ -8,8 +8,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from sparse_coding.presets import SITE_KINDS, Site, SparseCodingError
-from sparse_coding.models import LanguageModel, fold_weights, hub_reachable, load_model
-from tiny import tiny_model
+from sparse_coding.models import LanguageModel, final_norm, fold_weights, hub_reachable, load_model, norm_parts, unembedded
+from sparse_coding.partial_runs import renumber, run_z
+from sparse_coding.corpora import readable, row_texts, token_texts
+from sparse_coding.evidence import printable
+from tiny import TEXT, llama_tokenizer, tiny_config, tiny_model, tiny_tokenizer
 
 ARCHS = "gpt_neox", "gpt2", "llama"
 LAYERS = 6
@@ -264,3 +267,146 @@ def test_a_hub_name_without_a_hub(monkeypatch):
     with pytest.raises(SparseCodingError, match='use "embedded", or the path') as e: load_model("nobody/no-such-model")
     assert time.perf_counter() - start < 10
     assert "\n" not in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def peculiar(tmp_path_factory):
+    "Models of other architectures, made when they are asked for."
+    made = {}
+    def get(arch):
+        if arch not in made: made[arch] = load_model(tiny_model(tmp_path_factory.mktemp("p")/arch, arch, n_layers=3), device="cpu")
+        return made[arch]
+    return get
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3_text", "olmo2", "granite"])
+def test_attention_and_mlp_add_what_the_block_adds(peculiar, arch):
+    model, tokens = peculiar(arch), torch.arange(1, 13)[None]
+    x = model.run_to(tokens, [Site(1), Site(2, "attn_out"), Site(2, "mlp_out"), Site(2)])
+    assert_close(x[Site(1)] + x[Site(2, "attn_out")] + x[Site(2, "mlp_out")], x[Site(2)], rtol=1e-5, atol=1e-5)
+    gone = model.splice(tokens, Site(2, "mlp_out"), torch.zeros_like)
+    assert_close(gone, model.run_from(2, x[Site(1)] + x[Site(2, "attn_out")]), rtol=1e-4, atol=1e-4)
+    assert_close(model.splice(tokens, Site(2, "mlp_out"), lambda v: v), model.logits(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_block_adds_is_refused_where_it_is_not_known(tmp_path):
+    "A model that scales its branches in a way of its own: two sites are refused by name, the others work."
+    hf = AutoModelForCausalLM.from_config(tiny_config("llama", 300, n_layers=2)).requires_grad_(False)
+    for block in hf.model.layers: block.mlp.register_forward_hook(lambda m, i, o: .5*o)
+    model, tokens = LanguageModel(hf, tiny_tokenizer(), "own"), torch.arange(1, 9)[None]
+    for kind in ("attn_out", "mlp_out"):
+        with pytest.raises(SparseCodingError, match="attn_out and mlp_out cannot be had"): model.run_to(tokens, Site(1, kind))
+    assert set(model.run_to(tokens, [Site(1), Site(0, "attn_z"), Site(1, "mlp_post")])) and model.splice(tokens, Site(1), lambda x: x) is not None
+
+
+def test_a_model_without_the_fused_kernel_loads(peculiar):
+    "Gemma 2 has a soft cap in its attention, which the kernel does not know."
+    assert peculiar("gemma2").attention == "eager" and peculiar("llama").attention == "sdpa"
+
+
+def test_the_message_names_what_a_folder_lacks(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path/"x")
+    (tmp_path/"x/model.safetensors").unlink()
+    with pytest.raises(SparseCodingError, match=r"has no \*.safetensors: it needs"): load_model(tmp_path/"x")
+    shutil.copytree(folders["llama"], tmp_path/"y")
+    (tmp_path/"y/config.json").write_text('{"model_type": "nobody_knows"}')
+    with pytest.raises(SparseCodingError, match="nobody_knows") as e: load_model(tmp_path/"y")
+    assert "safetensors" not in str(e.value)
+
+
+@pytest.mark.parametrize("arch", ["gemma", "gemma2", "gemma3_text", "olmo2", "cohere", "stablelm", "gptj"])
+def test_the_gain_of_any_norm(peculiar, arch):
+    model = peculiar(arch)
+    x = model.run_to(torch.arange(1, 9)[None], Site(2))[Site(2)]
+    gain, shift, centred = norm_parts(final_norm(model), x)
+    y = x - x.mean(-1, keepdim=True) if centred else x
+    assert_close(gain*y/(y.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() + shift, final_norm(model)(x), rtol=1e-4, atol=1e-4)
+    assert gain.std() > .05 and centred == (arch in ("cohere", "stablelm", "gptj"))
+    if not shift.any():
+        top = unembedded(model, x[0]).topk(10).indices
+        assert torch.equal(top, model.logits(torch.arange(1, 9)[None])[0].topk(10).indices)
+
+
+def test_the_gain_of_a_norm_of_odd_width():
+    for norm in (torch.nn.LayerNorm(7), torch.nn.RMSNorm(7), torch.nn.LayerNorm(3, elementwise_affine=False)):
+        n = norm.normalized_shape[0]
+        for w in norm.parameters(): w.data.normal_()
+        gain, shift, centred = norm_parts(norm, torch.randn(2, n))
+        assert_close(gain, torch.ones(n) if norm.weight is None else norm.weight.data, rtol=1e-5, atol=1e-5)
+        assert centred == isinstance(norm, torch.nn.LayerNorm)
+    with pytest.raises(SparseCodingError, match="no norm"): norm_parts(torch.nn.Linear(7, 7), torch.randn(2, 7))
+    with pytest.raises(SparseCodingError, match="no norm"): norm_parts(torch.nn.Tanh(), torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("arch", ["granite", "cohere", "gemma2"])
+def test_packed_logits_are_the_model_s(peculiar, arch):
+    model, tokens = peculiar(arch), torch.arange(1, 21)[None]
+    x = model.run_to(tokens, Site(0))[Site(0)]
+    with torch.no_grad(): logits, _ = model.run_packed(0, x, *renumber(torch.arange(20)[None], torch.tensor([0]), 0), {})
+    assert_close(logits, model.logits(tokens)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gemma3_text", "mistral", "smollm3", "gpt2", "granite"])
+def test_one_layer_s_heads_on_a_given_stream(peculiar, arch):
+    "Layer 0 as well, which stands nowhere but at 0: its window and its rotation are those of its place."
+    model, tokens = peculiar(arch), torch.arange(1, 21)[None]
+    for l in range(3):
+        seen = []
+        handle = model.blocks[l].register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+        z = model.run_to(tokens, Site(l, "attn_z"))[Site(l, "attn_z")]
+        handle.remove()
+        assert_close(run_z(model, l, seen[0]), z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def old_llama():
+    tokenizer = llama_tokenizer()
+    return LanguageModel(AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer), n_layers=2)), tokenizer, "old")
+
+
+def test_tokens_side_by_side_are_the_text(old_llama):
+    for text in ("The river runs", " the store", "the  store\n\tof stone", "\u6771\u4eac!", TEXT):
+        ids = old_llama.tokenize(text)[0]
+        assert "".join(row_texts(old_llama, ids)) == text
+        if text.isascii(): assert "".join(old_llama.str_tokens(ids)) == text
+    texts = token_texts(old_llama)
+    assert " the" in texts and "the" in texts and texts.index(" the") != texts.index("the")
+    assert old_llama.tokenize(" the").tolist() == [[texts.index(" the")]]
+
+
+def test_a_tokenizer_that_puts_a_blank_before_bytes():
+    "The same habit of a byte-level tokenizer; one without it is left as it is."
+    from tokenizers import pre_tokenizers
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    hf = AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer), n_layers=1))
+    model = LanguageModel(hf, tokenizer, "x")
+    assert "".join(model.str_tokens(model.tokenize("When Mary"))) == "When Mary"
+    plain = tiny_tokenizer()
+    assert LanguageModel(hf, plain, "y").tokenizer is plain
+
+
+def test_what_begins_a_text():
+    from tokenizers.processors import TemplateProcessing
+    hf = AutoModelForCausalLM.from_config(tiny_config("llama", 500, n_layers=1))
+    def ends(tokenizer):
+        model = LanguageModel(hf, tokenizer, "x")
+        return model.bos_id, model.eot_id, model.adds_bos
+    assert ends(tiny_tokenizer()) == (0, 0, False)
+    none = llama_tokenizer()
+    none.bos_token = None
+    assert ends(none) == (2, 2, False)                        # no beginning of text: the end of the one before
+    always = llama_tokenizer()
+    always.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert ends(always) == (1, 2, True)
+
+
+def test_dollars_are_safe_in_figures_and_on_pages():
+    import matplotlib.pyplot as plt
+    for text in ("$$", "$", "a$b$c", "\\$x$", "\n$$ "):
+        for safe in (readable(text), printable(text)):
+            fig = plt.figure()
+            fig.text(0, 0, safe)
+            fig.canvas.draw()                                 # a formula that cannot be read raises here
+            plt.close(fig)
+            assert safe.count("$") == safe.count(r"\$")

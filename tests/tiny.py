@@ -78,7 +78,7 @@ def tiny_model(folder, arch="gpt_neox", seed=0, **changes):
     hf = AutoModelForCausalLM.from_config(tiny_config(arch, len(tokenizer), **changes))
     with torch.no_grad():
         for name, w in hf.named_parameters():
-            if w.ndim == 1: w += 0.3*torch.randn_like(w)
+            if w.ndim == 1 or "norm" in name: w += 0.3*torch.randn_like(w)
             else: w *= 5
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
