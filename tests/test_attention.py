@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from sparse_coding import attention  # noqa: F401  (adds methods)
 from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import LanguageModel, load_model
-from sparse_coding.attention import freeze_norm
 from sparse_coding.partial_runs import renumber
+from sparse_coding.attention import freeze_norm
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 

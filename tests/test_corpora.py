@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_coding.presets import SparseCodingError
 from sparse_coding.models import load_model
-from sparse_coding import corpora
 from sparse_coding.corpora import Document, Rows, documents, interleave, load_rows, split_of
+from sparse_coding import corpora
 from tiny import tiny_model, tiny_tokenizer
 
 WORDS = "the river runs from mountains to sea and people of valley have always lived by it".split()

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from sparse_coding.presets import SITE_KINDS, Site, SparseCodingError
-from sparse_coding.models import LanguageModel, final_norm, fold_weights, hub_reachable, load_model, norm_parts, unembedded
+from sparse_coding.models import (LanguageModel, final_norm, fold_weights, hub_reachable, load_model, norm_parts,
+    unembedded)
 from sparse_coding.partial_runs import renumber, run_z
 from sparse_coding.corpora import readable, row_texts, token_texts
 from sparse_coding.evidence import printable
