@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from .presets import Site, SparseCodingError
 from .runs import fast_matmul
-from .models import Enough, Given, LanguageModel, variant
+from .models import Enough, LanguageModel, variant
 
 # %% ../nbs/foundation/07_partial_runs.ipynb #05762a3a
 def gradients_between(
