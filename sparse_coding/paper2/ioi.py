@@ -569,7 +569,8 @@ def W_QK(self:LanguageModel,
         W, b = W.unflatten(-1, (-1, d)), b.unflatten(-1, (-1, d))
         return W.movedim(1, 0).repeat_interleave(n//W.shape[1], 0), b.repeat_interleave(n//len(b), 0)
     if hasattr(attn, "q_proj"): return split(*weight_columns(attn.q_proj)), split(*weight_columns(attn.k_proj))
-    if hasattr(attn, "c_attn"): return tuple(split(*(t.chunk(3, -1)[i] for t in weight_columns(attn.c_attn))) for i in (0, 1))
+    if hasattr(attn, "c_attn"):
+        return tuple(split(*(t.chunk(3, -1)[i] for t in weight_columns(attn.c_attn))) for i in (0, 1))
     both = [t.unflatten(-1, (n, 3, d)) for t in weight_columns(attn.query_key_value)]
     return tuple(split(*(t[..., i, :].flatten(-2) for t in both)) for i in (0, 1))
 
