@@ -30,6 +30,7 @@ PURPOSE = {
     "acdc": "searches for the features of a task", "numba": "compiled loops of this processor",
 }
 
+# %% ../../nbs/tools/86_pack.ipynb #a4a30da4
 @dataclass(frozen=True)
 class Item:
     "A finished result in the cache."
@@ -109,6 +110,7 @@ LICENCES = """# What this pack holds, and its licences
 - Dialogues of chatterbot-corpus: BSD 3-clause.
 """
 
+# %% ../../nbs/tools/86_pack.ipynb #06268aae
 def contents(
     out:Path, # folder of a run
     small:bool=False, # without the stores of activations
