@@ -154,7 +154,7 @@ class Client:
 def _fields(extra):
     "Fields for a request body as they are; raises for what JSON cannot hold."
     with suppress(TypeError, ValueError, RecursionError):
-        if json.dumps(extra).isascii() and isinstance(extra, dict): return extra
+        if json.dumps(extra) and isinstance(extra, dict): return extra
     raise SparseCodingError("Extra fields of a request are a dict of what JSON can hold, such as {'max_tokens': 2000}.")
 
 # %% ../nbs/foundation/19_judge_client.ipynb #fb394165
@@ -173,8 +173,8 @@ def _way_there(self:Client):
     url, found = urlsplit(self.base_url), getproxies()
     scheme = url.scheme if url.scheme in found else "all"
     if scheme not in found or proxy_bypass(url.hostname): return ""
-    return (f" by way of the proxy {found[scheme].rpartition('@')[2].rpartition('//')[2].rstrip('/')} (of {scheme}_proxy;"
-            f" NO_PROXY={url.hostname} goes around it)")
+    proxy = found[scheme].rpartition("@")[2].rpartition("//")[2].rstrip("/")
+    return f" by way of the proxy {proxy} (of {scheme}_proxy; NO_PROXY={url.hostname} goes around it)"
 
 # %% ../nbs/foundation/19_judge_client.ipynb #0be23579
 @patch
@@ -235,8 +235,9 @@ def _words(body):
 @patch
 def _reason(self:Client, e):
     "A server's status and own words, on one line, without the key."
-    said = _words(e.body) or e.response.reason_phrase
-    return f"{e.status_code}: {one_line(said.replace(self._openai.api_key, '(the key)'), 200)}"
+    said, key = _words(e.body) or e.response.reason_phrase, self._openai.api_key
+    if len(key) > 7: said = said.replace(key, "(the key)") # a shorter one is a word such as "none"
+    return f"{e.status_code}: {one_line(said, 200)}"
 
 # %% ../nbs/foundation/19_judge_client.ipynb #8476e41e
 @patch
@@ -244,12 +245,12 @@ def _forbidden(self:Client, e):
     "The sentence for a status that will not go away by itself, None for others."
     status, why, way = e.status_code, self._reason(e), self._way_there()
     if status == 402: return f"{self.host} wants to be paid first ({why}): see to the account, then run the same again."
-    if status == 407: return f"A proxy wants a name and a password ({why}):{way or ' it'} is where to give them."
+    if status == 407: return f"The proxy wants a name and a password ({why}){way}: http://name:password@its.address."
     if status in (401, 403) and not re.search("moderat|flagged", why):
         return f"{self.host} does not accept the key ({why}){way}: check OPENAI_API_KEY."
     if status == 429:
-        wait = e.response.headers.get("retry-after")
-        return (f"{self.host} takes no more requests for now ({why}{f'; again in {one_line(wait, 40)}' if wait else ''}): "
+        wait = one_line(e.response.headers.get("retry-after") or "", 40)
+        return (f"{self.host} takes no more requests for now ({why}{wait and f'; retry after {wait}'}): "
                 f"run the same command later, or with fewer workers; the {self.used.calls} answers so far are kept.")
 
 # %% ../nbs/foundation/19_judge_client.ipynb #4f1e655b
@@ -281,7 +282,7 @@ def _unreached(self:Client, e):
 
 # %% ../nbs/foundation/19_judge_client.ipynb #74e01f30
 HEADERS = ("A request to {} cannot be written, as one of its headers holds a line break or another character that no "
-           "header can hold: check OPENAI_API_KEY and OPENAI_CUSTOM_HEADERS.")
+           "header can hold: check OPENAI_CUSTOM_HEADERS and the other variables that begin with OPENAI_.")
 
 # %% ../nbs/foundation/19_judge_client.ipynb #1feee4dd
 @patch
@@ -350,7 +351,7 @@ def _counts(answer):
 
 # %% ../nbs/foundation/19_judge_client.ipynb #7d5b2ed1
 LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
-REJECTED = re.compile("support|unknown|unrecogni|unexpected|not permitted|not allowed|forbidden|deprecated|instead", re.I)
+REJECTED = re.compile("support|unknown|unrecogni|unexpected|permitted|allowed|forbidden|deprecated|instead", re.I)
 
 def _objections(error, body):
     "The fields of a body that a server rejects, with their new names; None for those to be left out."
@@ -803,7 +804,7 @@ def explain_body(self:ApiJudge, shown:Examples) -> dict:
 def explain(self:ApiJudge,
     shown:list[Examples], # by feature, the fragments it is explained from
 ) -> list[str|None]: # None where no explanation could be had
-    "What each feature responds to, in one line (appendix A, step 2)."
+    "What each feature responds to, in one line (appendix A, step 2); raises where nothing is answered."
     def read(answer):
         if not (said := self.sentence(content(answer))): raise Unusable("an empty answer")
         return said
@@ -897,7 +898,7 @@ def simulate(self:ApiJudge,
     explanations:list[str|None], # by feature
     blind:list[Examples], # by feature, the fragments to be predicted; their activations are not looked at
 ) -> list[Float[np.ndarray, "n seq"]]: # 0 everywhere for a feature without explanation or answer
-    "Predicted activations, from 0 to 10 (appendix A, step 3)."
+    "Predicted activations, from 0 to 10 (appendix A, step 3); raises where nothing is answered."
     explanations = [e and one_line(e) for e in explanations]
     jobs = [(f, w) for f,e in enumerate(explanations) if e for w in range(len(blind[f]))]
     predicted = [np.zeros(b.tokens.shape, np.float32) for b in blind]
@@ -1052,7 +1053,7 @@ def detect(self:ApiJudge,
     positives:list[Examples], # by feature, fragments in which it is active, see `stratified`
     negatives:list[Examples], # by feature, fragments in which it is not
 ) -> list[float|None]: # balanced accuracy; None without explanation or answers
-    "Detection score: is the feature active in this fragment?"
+    "Detection score: is the feature active in this fragment? Raises where nothing is answered."
     def pairs(e, true): return [(fragment_text(self.texts(row)), true) for row in e.tokens]
     questions = [pairs(pos, True) + pairs(neg, False) for pos,neg in zip(positives, negatives)]
     return self._choose("detection", explanations, questions)
@@ -1074,7 +1075,7 @@ def fuzz(self:ApiJudge,
     positives:list[Examples], # by feature, fragments in which it is active, see `stratified`
     seed:int=0, # of the wrong marks
 ) -> list[float|None]: # balanced accuracy; None without explanation or answers
-    "Fuzzing score: are these the tokens on which the feature is active?"
+    "Fuzzing score: are these the tokens on which the feature is active? Raises where nothing is answered."
     return self._choose("fuzzing", explanations, [self._marked_pairs(e, seed) for e in positives])
 
 # %% ../nbs/foundation/19_judge_client.ipynb #19fbd5df
