@@ -25,7 +25,7 @@ def run(*args, **env): return subprocess.run([*RUN, *args], capture_output=True,
     (["estimate", "--layers", "9,9"], "9 twice"), (["estimate", "--layers", ""], "--layers takes numbers"),
     (["estimate", "--set", "steps=2.5"], "steps = 2.5"), (["estimate", "--set", "corpus=code"], "with the quotes"),
     (["estimate", "--model", ""], "model = ''"), (["estimate", "--corpus", "/no/such.jsonl"], "/no/such.jsonl does not exist"),
-    (["reproduce", "--only", "01,,"], "empty page"), (["reproduce", "--timeout", "0"], "above 0"),
+    (["reproduce", "--only", "01,,"], "begins with ''"), (["reproduce", "--timeout", "0"], "above 0"),
     (["reproduce", "--out", "/proc/none"], "choose a folder with --out"), (["report", "--out", "/no/run"], "no folder /no/run"),
     (["estimate", "--model", "gpt2"], "embedded"),
 ], ids=lambda a: " ".join(a[:3]) if isinstance(a, list) else "")

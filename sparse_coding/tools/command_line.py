@@ -21,8 +21,8 @@ def preset_arguments() -> argparse.ArgumentParser:
     top.add_argument("--model", help='"embedded", a folder, a .gguf file or a hub name')
     top.add_argument("--corpus", help='"embedded", a part of it such as "code" (a folder of that name is ./code), '
                                       'a file, a folder or a hub data set')
-    top.add_argument("--layers", metavar="L,L", help="residual layers to study, two at least; single-layer figures show "
-                     "the first")
+    top.add_argument("--layers", metavar="L,L", help="residual layers to study, two at least; "
+                     "single-layer figures show the first")
     top.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                      help="any other field of the preset, as JSON")
     return top
@@ -35,7 +35,7 @@ def choice_arguments() -> argparse.ArgumentParser:
     top.add_argument("--figure", metavar="N", help="the notebook that makes this figure of the paper")
     return top
 
-# %% ../../nbs/tools/90_command_line.ipynb #ecd9ddf1
+# %% ../../nbs/tools/90_command_line.ipynb #16e6e7f2
 def seconds(
     text:str, # of an argument
 ) -> float: # above 0
@@ -78,7 +78,7 @@ def at_layers(
     "What else changes when other layers are studied: the single layer, the attention layers, the MLPs."
     return {"layer": layers[0], "attn_layers": layers, "mlp_layers": tuple(dict.fromkeys((0, layers[0])))}
 
-# %% ../../nbs/tools/90_command_line.ipynb #1f8e4225
+# %% ../../nbs/tools/90_command_line.ipynb #94962d9b
 def set_fields(
     items:list[str], # such as "steps=1"
 ) -> dict: # fields of a preset
@@ -88,11 +88,11 @@ def set_fields(
         name, _, value = item.partition("=")
         try: changes[name.strip()] = json.loads(value)
         except ValueError:
-            raise SparseCodingError(f"--set {item} cannot be read: it takes FIELD=JSON such as steps=1, layers=[3,9] or, "
-                                    "with the quotes, 'corpus=\"code\"'.") from None
+            raise SparseCodingError(f"--set {item} cannot be read: it takes FIELD=JSON such as steps=1, layers=[3,9] "
+                                    "or, with the quotes, 'corpus=\"code\"'.") from None
     return changes
 
-# %% ../../nbs/tools/90_command_line.ipynb #d79754a8
+# %% ../../nbs/tools/90_command_line.ipynb #ea79ee46
 def absolute(
     name:str, # a model or a corpus
     embedded:bool, # does it name what comes with this project?
@@ -191,7 +191,7 @@ def run_bench(
     if args.json: print(json.dumps(rows, indent=1)); return
     for row in rows: print("  ".join(f"{k} {show_number(v)}" for k,v in row.items()))
 
-# %% ../../nbs/tools/90_command_line.ipynb #859a4f67
+# %% ../../nbs/tools/90_command_line.ipynb #97acab2d
 def write_utf8():
     "Let output that no terminal shows be UTF-8; a terminal that lacks a character shows a question mark."
     for stream in (sys.stdout, sys.stderr):
