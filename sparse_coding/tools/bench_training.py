@@ -145,7 +145,8 @@ def peers_of(
 ) -> dict[str, tuple]: # contestant -> interpreter and way
     "The public trainers that an environment offers; raises `SparseCodingError` where there are none."
     ask = f"import json, importlib.util as u; print(json.dumps([n for n in {list(PEERS)} if u.find_spec(n)]))"
-    try: there = json.loads(subprocess.run([interpreter, "-c", ask], capture_output=True, encoding="utf-8", check=True).stdout)
+    ask = [interpreter, "-c", ask]
+    try: there = json.loads(subprocess.run(ask, capture_output=True, encoding="utf-8", check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError): there = []
     if not there: raise SparseCodingError(f"{interpreter} has none of {', '.join(PEERS)}: give the Python of an "
                                           "environment that has.")

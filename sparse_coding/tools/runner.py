@@ -47,14 +47,14 @@ def page_name(
     "The name of a notebook: its folder and its stem."
     return f"{path.parent.name}/{path.stem}"
 
-# %% ../../nbs/tools/85_runner.ipynb #b223d0bb
+# %% ../../nbs/tools/85_runner.ipynb #9c52473d
 def first_line(
     e:Exception, # any
 ) -> str:
     "What an error says, in one line; its kind where it says nothing."
     return next(iter(str(e).splitlines()), type(e).__name__)
 
-# %% ../../nbs/tools/85_runner.ipynb #ea9c3122
+# %% ../../nbs/tools/85_runner.ipynb #9d8946ef
 def read_page(
     path:Path, # a notebook
 ) -> nbformat.NotebookNode:
@@ -116,12 +116,12 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #7363b8b1
+# %% ../../nbs/tools/85_runner.ipynb #21141f84
 class ThisInterpreter(KernelSpecManager):
     "Knows one kernel, the interpreter that runs this, whatever is installed on the machine."
     def get_kernel_spec(self, kernel_name): return KernelSpec(**get_kernel_dict())
 
-# %% ../../nbs/tools/85_runner.ipynb #0455f221
+# %% ../../nbs/tools/85_runner.ipynb #caf2e4fa
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
 # %% ../../nbs/tools/85_runner.ipynb #a465416b
@@ -135,9 +135,8 @@ class Runner(NotebookClient):
             sys.stderr.write(f"\r\033[K  {text.splitlines()[-1][:110]}"); sys.stderr.flush()
 
     def create_kernel_manager(self):
-        manager = super().create_kernel_manager()
-        manager.kernel_spec_manager = ThisInterpreter(parent=manager)
-        return manager
+        super().create_kernel_manager().kernel_spec_manager = ThisInterpreter()
+        return self.km
 
     async def async_start_new_kernel_client(self):
         client = await super().async_start_new_kernel_client()
@@ -149,7 +148,7 @@ class NotebookFailed(SparseCodingError):
     "A notebook stopped before its end."
     exit_status = 1
 
-# %% ../../nbs/tools/85_runner.ipynb #160253e3
+# %% ../../nbs/tools/85_runner.ipynb #4c7d5c43
 def failed_check(
     error:nbformat.NotebookNode, # output of a cell: an AssertionError
 ) -> str: # such as "a check does not hold for this model and text: test_eq(a, 3) (==: 4 3)"
@@ -216,7 +215,7 @@ def execute(
         nbformat.write(nb, out)
     return time.perf_counter() - start
 
-# %% ../../nbs/tools/85_runner.ipynb #70f6dea8
+# %% ../../nbs/tools/85_runner.ipynb #618bb218
 NEEDS_TWO = {"paper1/20_training": ["alphas"], "paper1/21_choices": ["alphas", "ratios"],
              "paper1/32_scores": ["layers", "ratios"], "paper1/52_causes": ["layers"]}    # fields of the preset
 
@@ -230,7 +229,7 @@ def check_pages(
             raise SparseCodingError(f"{name} compares {few[0]} and needs two of them, and there is one: {few[0]} = "
                                     f"{getattr(p, few[0])}. Name two, or run other pages with --only.")
 
-# %% ../../nbs/tools/85_runner.ipynb #f5e31cdc
+# %% ../../nbs/tools/85_runner.ipynb #1b370ccb
 def check_layers(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -242,7 +241,7 @@ def check_layers(
             raise SparseCodingError(f"{name} = {value}: there is no layer {beyond[0]}, {model.name} has layers 0 to "
                                     f"{model.n_layers - 1}. Choose others with --layers, or with --set {name}=.")
 
-# %% ../../nbs/tools/85_runner.ipynb #81ed1478
+# %% ../../nbs/tools/85_runner.ipynb #72f197df
 def check_sizes(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -336,7 +335,7 @@ def ledger_of(
     "The claims file of a run."
     return repository()/"nbs"/"claims"/f"{p.name}.json" if in_place else Path(out)/"claims.json"
 
-# %% ../../nbs/tools/85_runner.ipynb #98042ef4
+# %% ../../nbs/tools/85_runner.ipynb #a9d32484
 def results_folder(
     out:Path, # receives what a run makes
 ) -> Path: # absolute
