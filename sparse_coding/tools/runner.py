@@ -47,14 +47,14 @@ def page_name(
     "The name of a notebook: its folder and its stem."
     return f"{path.parent.name}/{path.stem}"
 
-# %% ../../nbs/tools/85_runner.ipynb #9c52473d
+# %% ../../nbs/tools/85_runner.ipynb #1e16a18a
 def first_line(
     e:Exception, # any
 ) -> str:
     "What an error says, in one line; its kind where it says nothing."
     return next(iter(str(e).splitlines()), type(e).__name__)
 
-# %% ../../nbs/tools/85_runner.ipynb #9d8946ef
+# %% ../../nbs/tools/85_runner.ipynb #786c4e87
 def read_page(
     path:Path, # a notebook
 ) -> nbformat.NotebookNode:
@@ -116,12 +116,12 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #21141f84
+# %% ../../nbs/tools/85_runner.ipynb #a8c3b83d
 class ThisInterpreter(KernelSpecManager):
     "Knows one kernel, the interpreter that runs this, whatever is installed on the machine."
     def get_kernel_spec(self, kernel_name): return KernelSpec(**get_kernel_dict())
 
-# %% ../../nbs/tools/85_runner.ipynb #caf2e4fa
+# %% ../../nbs/tools/85_runner.ipynb #e8e9b51c
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
 # %% ../../nbs/tools/85_runner.ipynb #a465416b
@@ -148,7 +148,7 @@ class NotebookFailed(SparseCodingError):
     "A notebook stopped before its end."
     exit_status = 1
 
-# %% ../../nbs/tools/85_runner.ipynb #4c7d5c43
+# %% ../../nbs/tools/85_runner.ipynb #d9591f05
 def failed_check(
     error:nbformat.NotebookNode, # output of a cell: an AssertionError
 ) -> str: # such as "a check does not hold for this model and text: test_eq(a, 3) (==: 4 3)"
@@ -189,7 +189,6 @@ def interruptible(
             while not job.done():
                 if client.km and client.km.has_kernel: client.km.provisioner.process.kill()
                 time.sleep(.05)
-            atexit.unregister(client._cleanup_kernel)
             raise
 
 # %% ../../nbs/tools/85_runner.ipynb #e2c6194b
@@ -211,11 +210,12 @@ def execute(
         raise NotebookFailed(failure(path, e, nb)) from e
     finally:
         bar.close()
+        atexit.unregister(client._cleanup_kernel)                       # there may be no kernel left to clean up
         out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, out)
     return time.perf_counter() - start
 
-# %% ../../nbs/tools/85_runner.ipynb #618bb218
+# %% ../../nbs/tools/85_runner.ipynb #747fea25
 NEEDS_TWO = {"paper1/20_training": ["alphas"], "paper1/21_choices": ["alphas", "ratios"],
              "paper1/32_scores": ["layers", "ratios"], "paper1/52_causes": ["layers"]}    # fields of the preset
 
@@ -229,7 +229,7 @@ def check_pages(
             raise SparseCodingError(f"{name} compares {few[0]} and needs two of them, and there is one: {few[0]} = "
                                     f"{getattr(p, few[0])}. Name two, or run other pages with --only.")
 
-# %% ../../nbs/tools/85_runner.ipynb #1b370ccb
+# %% ../../nbs/tools/85_runner.ipynb #9316e6e5
 def check_layers(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -241,7 +241,7 @@ def check_layers(
             raise SparseCodingError(f"{name} = {value}: there is no layer {beyond[0]}, {model.name} has layers 0 to "
                                     f"{model.n_layers - 1}. Choose others with --layers, or with --set {name}=.")
 
-# %% ../../nbs/tools/85_runner.ipynb #72f197df
+# %% ../../nbs/tools/85_runner.ipynb #a71f6b8d
 def check_sizes(
     p:Preset, # in force
     model:LanguageModel, # under study
@@ -335,7 +335,7 @@ def ledger_of(
     "The claims file of a run."
     return repository()/"nbs"/"claims"/f"{p.name}.json" if in_place else Path(out)/"claims.json"
 
-# %% ../../nbs/tools/85_runner.ipynb #a9d32484
+# %% ../../nbs/tools/85_runner.ipynb #1d2dc875
 def results_folder(
     out:Path, # receives what a run makes
 ) -> Path: # absolute
