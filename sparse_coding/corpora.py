@@ -86,7 +86,7 @@ def _txt(path, by_paragraph, most=2**20):
             held, size = [], 0
     yield "".join(held).strip("\n")
 
-# %% ../nbs/foundation/09_corpora.ipynb #7edc6d21
+# %% ../nbs/foundation/09_corpora.ipynb #eccd9ad0
 def _sound(text):
     "Text without halves of characters (lone surrogates), which no tokenizer takes."
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -177,7 +177,7 @@ def corpus_kind(
     local = str(corpus).startswith((".", "/", "~")) or Path(corpus).suffix.lower() in SUFFIXES
     return "local" if local or os.path.exists(corpus) else "hub", str(corpus)
 
-# %% ../nbs/foundation/09_corpora.ipynb #09c4e536
+# %% ../nbs/foundation/09_corpora.ipynb #b2e650a4
 def _every(corpus):
     "All documents of a corpus, the blank ones too."
     kind, what = corpus_kind(corpus)
@@ -210,7 +210,7 @@ def split_of(
     digest = hashlib.sha256(f"{seed}\n{text}".encode("utf-8", "surrogatepass")).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < heldout*2**64 else "train"
 
-# %% ../nbs/foundation/09_corpora.ipynb #66a6a1ec
+# %% ../nbs/foundation/09_corpora.ipynb #6e3eddea
 def check_corpus(
     corpus:str, # as in `documents`
     seed:int=0, # of the split
@@ -246,7 +246,7 @@ class _Ribbons:
         self.n_rows += n
         return rest.copy()
 
-# %% ../nbs/foundation/09_corpora.ipynb #1557464e
+# %% ../nbs/foundation/09_corpora.ipynb #5d8fb783
 @patch(as_prop=True)
 def n_over(self:_Ribbons): # rows that the unfinished ones make together; 0 where they are left out
     over = self.n_tokens - self.n_rows*self.width
@@ -319,7 +319,7 @@ def _shuffle(folder, ribbons, row_len, first, seed):
     del found                                                              # some systems keep a file that is mapped
     ribbons.path.unlink()
 
-# %% ../nbs/foundation/09_corpora.ipynb #a260feee
+# %% ../nbs/foundation/09_corpora.ipynb #b4d8f456
 def _sides(corpus, split, seed, heldout, seen):
     "The documents of one side; how many there are of each kind is counted in `seen`."
     for d in _every(corpus):
@@ -334,9 +334,10 @@ def _write_rows(folder, corpus, model, split, row_len, first, seed, heldout, lim
     ribbons = _tokenise(folder, _sides(corpus, split, seed, heldout, seen), model, width, limit)
     if seen.total() == seen["blank"]: raise _empty(corpus, seen["blank"])
     if not ribbons.n_rows + ribbons.n_over:
-        raise SparseCodingError(f"The {split} part of {corpus}, {seen[split]} of {seen.total() - seen['blank']} documents, "
-                                f"has {ribbons.n_tokens} tokens, fewer than one row of {row_len}: give more documents, "
-                                "shorter rows, or one .txt file, which is cut into documents at its blank lines.")
+        some = f"{seen[split]} of {seen.total() - seen['blank']} documents"
+        raise SparseCodingError(f"The {split} part of {corpus}, {some}, has {ribbons.n_tokens} tokens, fewer than "
+                                f"one row of {row_len}: give more documents, shorter rows,"
+                                " or one .txt file, which is cut into documents at its blank lines.")
     _shuffle(folder, ribbons, row_len, first, seed)
     meta = {"corpus": corpus, "split": split, "first": first, "documents": seen}
     write_json(folder/"meta.json", meta | {"sha256": sha256(folder/"tokens.npy")})
@@ -366,7 +367,7 @@ class Rows:
     def title(self): return [d["title"] for d in self.documents]
     def row_domain(self, i): return self.domain[self.docs[i, -1]]
 
-# %% ../nbs/foundation/09_corpora.ipynb #71b6f5dd
+# %% ../nbs/foundation/09_corpora.ipynb #0b535f45
 def default_first(
     model:LanguageModel, # whose tokenizer
 ) -> int|None: # a token id, or None
@@ -375,7 +376,7 @@ def default_first(
              for special in (True, False)}
     return asked[True][0] if asked[True][:1] != asked[False][:1] else None
 
-# %% ../nbs/foundation/09_corpora.ipynb #49d9b594
+# %% ../nbs/foundation/09_corpora.ipynb #5807e573
 def first_token(
     model:LanguageModel, # whose tokenizer
     bos:bool|None=None, # is a beginning of text wanted? As the tokenizer does by default, if not given
@@ -414,7 +415,7 @@ def load_rows(
     split:str="train", # "train" or "heldout"
     n_tokens:int|None=None, # at most so many; all there are if not given
     row_len:int=256, # tokens per row: 256 in paper 1, 64 for interpretation, 128 in paper 2
-    bos:bool|None=None, # begin every row with the beginning of text, as paper 2 does; as the tokenizer does if not given
+    bos:bool|None=None, # rows begin with the beginning of text, as in paper 2; if not given, as the tokenizer does it
     seed:int=0, # of the split and of the order
     heldout:float=.1, # share of documents set aside
 ) -> Rows:

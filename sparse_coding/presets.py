@@ -52,7 +52,7 @@ def parse(cls:Site,
     if not layer.isdigit(): raise SparseCodingError(f"{text!r} is no site: write kind.layer, such as resid_post.9.")
     return cls(int(layer), kind)
 
-# %% ../nbs/foundation/00_presets.ipynb #90492e79
+# %% ../nbs/foundation/00_presets.ipynb #db7eabe2
 Layer, Seed = Annotated[int, Ge(0)], Annotated[int, Ge(0), Lt(2**31)]
 Count, Positive, Penalty = Annotated[int, Ge(1)], Annotated[float, Gt(0)], Annotated[float, Ge(0)]
 Layers, Ratios, Penalties = (Annotated[tuple[kind, ...], MinLen(1)] for kind in (Layer, Positive, Penalty))
@@ -132,7 +132,7 @@ PRESETS = {
         batch_size=1024),
 }
 
-# %% ../nbs/foundation/00_presets.ipynb #7f83b820
+# %% ../nbs/foundation/00_presets.ipynb #338c51b4
 @cache
 def _checker() -> Callable: # returns a preset as it was, or raises pydantic's error
     "What compares a preset with the types of its fields; nothing is converted, but for a whole number to a fraction."
@@ -140,7 +140,7 @@ def _checker() -> Callable: # returns a preset as it was, or raises pydantic's e
     Preset.__pydantic_config__ = {"strict": True, "allow_inf_nan": False, "revalidate_instances": "always"}
     return TypeAdapter(Preset).validate_python
 
-# %% ../nbs/foundation/00_presets.ipynb #d29e5ce6
+# %% ../nbs/foundation/00_presets.ipynb #5c2b5aaf
 def _reason(
     error:dict, # the first of pydantic's
 ) -> str: # such as "-1 is negative"
@@ -171,17 +171,17 @@ def check_preset(
                                     "later sections take their dictionary from it.")
     return p
 
-# %% ../nbs/foundation/00_presets.ipynb #c9731c21
+# %% ../nbs/foundation/00_presets.ipynb #4b5d8f88
 def _from_environment() -> dict: # fields to change
     "What SPARSE_CODING_SET holds; raises `SparseCodingError` if it is no JSON object of fields."
     text = os.environ.get("SPARSE_CODING_SET") or "{}"
     try: changes = json.loads(text)
     except ValueError: changes = None
     if isinstance(changes, dict) and "name" not in changes: return changes
-    raise SparseCodingError(f"SPARSE_CODING_SET={text} cannot be read: it takes a JSON object of fields of Preset, such "
-                            "as {\"steps\": 3, \"layers\": [3, 9]}, and SPARSE_CODING_PRESET takes the preset's name.")
+    raise SparseCodingError(f"SPARSE_CODING_SET={text} cannot be read: it takes a JSON object of fields of Preset, "
+                            "such as {\"steps\": 3, \"layers\": [3, 9]}; SPARSE_CODING_PRESET takes the preset's name.")
 
-# %% ../nbs/foundation/00_presets.ipynb #3d585ae5
+# %% ../nbs/foundation/00_presets.ipynb #4d0b5bd8
 def _plain(value): # of a field
     "Lists, arrays and paths as a preset holds them: tuples, Python's numbers, text."
     if isinstance(value, (np.ndarray, np.generic)): value = value.tolist()

@@ -32,7 +32,7 @@ def set_seed(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/foundation/01_runs.ipynb #0d20bdcc
+# %% ../nbs/foundation/01_runs.ipynb #e4cec090
 def _tried(
     choose:Callable, # the device
 ) -> Callable: # the same, and raises `SparseCodingError` for a device that cannot hold a number
@@ -280,7 +280,7 @@ def repository() -> Path|None:
     root = Path(importlib.util.find_spec("sparse_coding").origin).parent.parent
     return root if (root/"settings.ini").exists() and (root/"nbs").exists() else None
 
-# %% ../nbs/foundation/01_runs.ipynb #20ebe744
+# %% ../nbs/foundation/01_runs.ipynb #7921ed89
 def _none_without_git(ask:Callable) -> Callable:
     "Have a question to git answered by None where git is not installed."
     @wraps(ask)

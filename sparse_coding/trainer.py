@@ -151,7 +151,7 @@ def read_log(
     folder:Path, # of a run
 ) -> dict[int, dict[str, np.ndarray]]: # per dictionary: step, loss, fvu, l0
     "The training log as arrays."
-    rows = [r for r in map(json.loads, (folder/"log.jsonl").read_text().splitlines()) if "loss" in r]
+    rows = [r for r in map(json.loads, (folder/"log.jsonl").read_text("utf-8").splitlines()) if "loss" in r]
     return {i: {k: np.array([r[k] for r in rows if r["sae"] == i]) for k in ("step", "loss", "fvu", "l0")}
             for i in sorted({r["sae"] for r in rows})}
 

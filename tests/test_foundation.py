@@ -1,5 +1,5 @@
 """Runs, assets and ledger where a notebook page would be too dull: processes that die or race, archives that are wrong, folders that cannot be written."""
-import importlib, os, shutil, signal, subprocess, sys, time
+import ast, importlib, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,28 @@ def test_a_device_that_is_here_is_taken(monkeypatch):
 def test_what_is_kept_of_a_result_does_not_need_git(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert runs.commit.__wrapped__() is None
+
+
+LOGS = {"resume", "train"}         # of the trainer: JSON in ASCII; their text is part of the name under which dictionaries are kept
+
+
+def without_encoding(tree):
+    "Calls that open a text file or a text pipe in the locale's encoding."
+    tree.body = [n for n in tree.body if getattr(n, "name", None) not in LOGS]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call): continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        mode = given.get("mode", next((a.value for a in node.args[1:2] if isinstance(a, ast.Constant)), "r"))
+        text = name in ("read_text", "write_text") or (name == "open" and "b" not in str(mode)) or given.get("text") or given.get("universal_newlines")
+        if text and "encoding" not in given and not (name == "read_text" and node.args): yield ast.unparse(node)
+
+
+def test_text_is_utf8_whatever_the_locale():
+    found = {m.name: list(without_encoding(ast.parse(m.read_text(encoding="utf-8")))) for m in Path(runs.__file__).parent.rglob("*.py")}
+    git = found.pop("runs.py")                                                       # answers of git: a hash, and whether there is something
+    assert len(git) == 1 and "git" in git[0] and not {m: f for m,f in found.items() if f}
+    assert len(list(without_encoding(ast.parse("open(a); open(a, 'rb'); b.read_text(); open(a, encoding='utf-8'); run(c, text=True)")))) == 3
 
 
 def test_compiled_loops_are_kept_in_the_cache_folder(own_cache, tmp_path):

@@ -32,13 +32,13 @@ from safetensors.torch import load_file
 job = json.loads(sys.argv[1])
 torch.set_num_threads(job["threads"])
 def memory(which):
-    try: return next(int(l.split()[1])*1024 for l in open("/proc/self/status") if l.startswith(which))
+    try: return next(int(l.split()[1])*1024 for l in open("/proc/self/status", encoding="utf-8") if l.startswith(which))
     except OSError: return 0
 {way}
 data = {{k: v.clone() for k,v in load_file(job["file"]).items()}}
 xs, starts = list(data["x"]), [(data[f"D{{i}}"], data[f"b{{i}}"], a) for i,a in enumerate(job["alphas"])]
 torch.mm(xs[0], xs[0].T)
-try: open("/proc/self/clear_refs", "w").write("5")           # the peak counts from here
+try: open("/proc/self/clear_refs", "w", encoding="utf-8").write("5")           # the peak counts from here
 except OSError: pass
 before, taken = memory("VmRSS"), 0
 step = make(starts, job)
@@ -145,7 +145,8 @@ def peers_of(
 ) -> dict[str, tuple]: # contestant -> interpreter and way
     "The public trainers that an environment offers; raises `SparseCodingError` where there are none."
     ask = f"import json, importlib.util as u; print(json.dumps([n for n in {list(PEERS)} if u.find_spec(n)]))"
-    try: there = json.loads(subprocess.run([interpreter, "-c", ask], capture_output=True, text=True, check=True).stdout)
+    ask = [interpreter, "-c", ask]
+    try: there = json.loads(subprocess.run(ask, capture_output=True, encoding="utf-8", check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError): there = []
     if not there: raise SparseCodingError(f"{interpreter} has none of {', '.join(PEERS)}: give the Python of an "
                                           "environment that has.")
@@ -161,7 +162,7 @@ class CagedTrainer:
         job:dict, # file, alphas, norm, lr, threads, setting
     ):
         self.name = name
-        self.process = subprocess.Popen([interpreter, "-c", CAGE.format(way=way), json.dumps(job)], text=True,
+        self.process = subprocess.Popen([interpreter, "-c", CAGE.format(way=way), json.dumps(job)], encoding="utf-8",
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def __enter__(self): return self
@@ -332,6 +333,6 @@ def bench_training(
 def machine() -> str: # in words
     "Processor, threads and torch, for a caption."
     told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else [f"model name: {platform.processor()}"]
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else [f"model name: {platform.processor()}"]
     name = next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), "")
     return f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
