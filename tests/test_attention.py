@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from sparse_coding import attention  # noqa: F401  (adds methods)
 from sparse_coding.presets import Site, SparseCodingError
 from sparse_coding.models import LanguageModel, load_model
-from sparse_coding.attention import freeze_norm
 from sparse_coding.partial_runs import renumber
+from sparse_coding.attention import freeze_norm
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -153,8 +153,8 @@ def test_attention_in_its_own_code_is_refused(peculiar):
 def test_what_is_not_known_of_is_noticed(tmp_path):
     "At the first call, and said again by every other."
     model, tokens = load_model(tiny_model(tmp_path/"x", "llama", n_layers=2), device="cpu"), torch.arange(1, 9)[None]
-    model.blocks[1].self_attn.q_norm = torch.nn.RMSNorm(8)                   # it says that it norms, and does not
+    model.blocks[1].self_attn.q_norm = torch.nn.RMSNorm(8, 1e-6)             # it says that it norms, and does not
     for layer in (1, 0):
-        with pytest.raises(SparseCodingError, match="queries and keys in a way that is not known"):
+        with pytest.raises(SparseCodingError, match="makes queries and keys in a way that is not known"):
             model.qk_parts(layer, 0, torch.randn(2, 32), torch.randn(2, 1, 32), torch.arange(2), False)
     assert model.attend(tokens, 1)[1].pattern.shape == (1, 4, 8, 8)

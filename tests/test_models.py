@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from sparse_coding.presets import SITE_KINDS, Site, SparseCodingError
-from sparse_coding.models import LanguageModel, final_norm, fold_weights, hub_reachable, load_model, norm_parts, unembedded
+from sparse_coding.models import (LanguageModel, final_norm, fold_weights, hub_reachable, load_model, norm_parts,
+    unembedded)
 from sparse_coding.partial_runs import renumber, run_z
 from sparse_coding.corpora import readable, row_texts, token_texts
 from sparse_coding.evidence import printable
@@ -370,7 +371,7 @@ def test_tokens_side_by_side_are_the_text(old_llama):
         assert "".join(row_texts(old_llama, ids)) == text
         if text.isascii(): assert "".join(old_llama.str_tokens(ids)) == text
     texts = token_texts(old_llama)
-    assert " the" in texts and "the" in texts and texts.index(" the") != texts.index("the")
+    assert " the" in texts and " t" in texts and "t" in texts           # a blank in front makes another token
     assert old_llama.tokenize(" the").tolist() == [[texts.index(" the")]]
 
 
