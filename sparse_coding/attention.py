@@ -75,7 +75,7 @@ def attend(self:LanguageModel,
         self.hf.base_model(ids, use_cache=False)
     return seen
 
-# %% ../nbs/foundation/08_attention.ipynb #d2d4a7e4
+# %% ../nbs/foundation/08_attention.ipynb #cbf3b5af
 def close(
     a:Float[Tensor, "*b"], # two answers
     b:Float[Tensor, "*b"], # to one question
@@ -122,7 +122,7 @@ def W_O(self:LanguageModel,
     W, b = W.reshape(n, d, -1), W.new_zeros(W.shape[1]) if b is None else b
     return (W, b) if self._scale == 1 else (W*self._scale, b*self._scale)
 
-# %% ../nbs/foundation/08_attention.ipynb #28358eba
+# %% ../nbs/foundation/08_attention.ipynb #e637131b
 def _read_by(model, layer, which): # 0 for queries, 1 for keys, 2 for values
     "Weights [heads, d_model, d_head], biases [heads, d_head] or None, as stored: fewer where query heads share them."
     attn, _, n, d = heads_of(model, layer)
@@ -152,7 +152,7 @@ def W_V(self:LanguageModel,
     self.ask("values", _values_hold, "makes its values in a way that is not known: W_V cannot be had for it.")
     return _per_head(self, *_read_by(self, layer, 2))
 
-# %% ../nbs/foundation/08_attention.ipynb #8257e262
+# %% ../nbs/foundation/08_attention.ipynb #6124f029
 @patch
 def W_QK(self:LanguageModel,
     layer:int, # counted from 0
@@ -222,7 +222,7 @@ def resid_pre(self:LanguageModel,
     finally: [h.remove() for h in hooks]
     return found
 
-# %% ../nbs/foundation/08_attention.ipynb #3f991ecd
+# %% ../nbs/foundation/08_attention.ipynb #c84287bc
 def _values_hold(model, tokens=(0, 1, 2, 3)):
     "Are the values of every layer its normalised stream times W_V?"
     layers, tokens = range(model.n_layers), torch.tensor([tokens])
@@ -232,7 +232,7 @@ def _values_hold(model, tokens=(0, 1, 2, 3)):
         return torch.einsum("bsm,kme->bske", model.attn_norm(l)(x[l]), W) + b
     return all(close(values(l), seen[l].v) for l in layers)
 
-# %% ../nbs/foundation/08_attention.ipynb #f9ffc662
+# %% ../nbs/foundation/08_attention.ipynb #c92d18fe
 @patch
 def rotate(self:LanguageModel,
     layer:int, # counted from 0
@@ -249,7 +249,7 @@ def rotate(self:LanguageModel,
     flat, n = x.reshape(len(x), -1, 1, x.shape[-1]), cos.shape[-1]
     return torch.cat([turn(flat[..., :n], flat[..., :n], cos, sin)[0], flat[..., n:]], -1).view(x.shape)
 
-# %% ../nbs/foundation/08_attention.ipynb #79a03c8f
+# %% ../nbs/foundation/08_attention.ipynb #7e4839ba
 def _head_norm(norm, y, head): # y: queries or keys of all heads [n, heads, d_head]
     "The norm of one head's queries or keys, held fixed: linear on [n, parts, d_head]."
     flat = getattr(norm, "weight", y).ndim == 1 and len(norm.weight) != y.shape[-1]
@@ -260,24 +260,24 @@ def _head_norm(norm, y, head): # y: queries or keys of all heads [n, heads, d_he
     mine = lambda t: t.view(y.shape[1:])[head] if t.numel() == y[0].numel() else t
     return FrozenNorm(mine(f.gain), mine(f.shift), scale[:, None], f.centred)
 
-# %% ../nbs/foundation/08_attention.ipynb #d79e82c9
+# %% ../nbs/foundation/08_attention.ipynb #cc3f7d48
 def _qk_norm(attn, which): # "q" or "k"
     "The norm of queries or keys, None where there is none."
     return next((getattr(attn, n) for n in (f"{which}_norm", f"{which}_layernorm") if hasattr(attn, n)), None)
 
-# %% ../nbs/foundation/08_attention.ipynb #206e1973
+# %% ../nbs/foundation/08_attention.ipynb #a058563d
 def _head_parts(model, layer, head, stream, parts, key):
     "A head's query or key in parts [n, parts + 1, d_head], before rotation; the last is what depends on no part."
     W, b = _read_by(model, layer, int(key))
     norm, own = freeze_norm(model.attn_norm(layer), stream[:, None]), head*len(W)//model.n_heads
     if b is None: b = W.new_zeros(len(W), W.shape[-1])
-    always = (norm.shift @ W[own] + b[own]).expand(len(parts), 1, -1)
-    found = torch.cat([(norm(parts) - norm.shift) @ W[own], always], 1)
+    mine = W[own].contiguous()
+    found = torch.cat([(norm(parts) - norm.shift) @ mine, (norm.shift @ mine + b[own]).expand(len(parts), 1, -1)], 1)
     if (head_norm := _qk_norm(heads_of(model, layer)[0], "k" if key else "q")) is None: return found
     frozen = _head_norm(head_norm, torch.einsum("nm,kme->nke", norm(stream[:, None])[:, 0], W) + b, own)
     return torch.cat([frozen(found[:, :-1]) - frozen.shift, frozen(found[:, -1:])], 1)
 
-# %% ../nbs/foundation/08_attention.ipynb #a561daca
+# %% ../nbs/foundation/08_attention.ipynb #36216355
 @patch
 def qk_parts(self:LanguageModel,
     layer:int, # counted from 0
@@ -292,7 +292,7 @@ def qk_parts(self:LanguageModel,
     self.ask("queries and keys", _asks_so, "makes queries and keys in a way that is not known: scores have no parts.")
     return self.rotate(layer, _head_parts(self, layer, head, stream, parts, key), at, length)
 
-# %% ../nbs/foundation/08_attention.ipynb #8e4294ed
+# %% ../nbs/foundation/08_attention.ipynb #b9894fd4
 def _asks_so(model, tokens=(0, 1, 2, 3)):
     "Are the last head's queries and keys of every layer what we say they are?"
     layers, head, tokens = range(model.n_layers), model.n_heads - 1, torch.tensor([tokens])
