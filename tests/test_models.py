@@ -387,6 +387,20 @@ def test_a_tokenizer_that_puts_a_blank_before_bytes():
     assert LanguageModel(hf, plain, "y").tokenizer is plain
 
 
+def test_a_tokenizer_that_prepends_by_a_rule_for_text():
+    "Llama 2 as it was first converted: the blank is put there by the normalizer."
+    import json
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    rules = json.loads(llama_tokenizer().backend_tokenizer.to_str())
+    rules["normalizer"] = {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(rules | {"pre_tokenizer": None})), eos_token="</s>")
+    model = LanguageModel(AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer), n_layers=1)), tokenizer, "x")
+    for text in ("The river", " the store"): assert "".join(model.str_tokens(model.tokenize(text))) == text
+    assert len(model.tokenize(" the")[0]) == 1 and (model.bos_id, model.eot_id) == (2, 2)
+
+
 def test_what_begins_a_text():
     from tokenizers.processors import TemplateProcessing
     hf = AutoModelForCausalLM.from_config(tiny_config("llama", 500, n_layers=1))
