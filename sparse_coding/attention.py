@@ -70,12 +70,12 @@ def attend(self:LanguageModel,
     layers = [layers] if isinstance(layers, int) else list(layers)
     seen, ids = dict.fromkeys(self.check(Site(l)).layer for l in layers), self.ids(tokens)
     about = dict(seen=seen, last=max(seen), masks=self.masks(ids.shape[1]))
-    self.ask("attention", _weighs, "does more in its attention than weigh values: patterns do not explain what heads bring.")
+    self.ask("attention", _weighs, "does more in its attention than weigh values: patterns do not explain it.")
     with use_attention(self.hf, "watched", **about), fast_matmul(self.device), suppress(_Seen):
         self.hf.base_model(ids, use_cache=False)
     return seen
 
-# %% ../nbs/foundation/08_attention.ipynb #16bad333
+# %% ../nbs/foundation/08_attention.ipynb #cbf3b5af
 def close(
     a:Float[Tensor, "*b"], # two answers
     b:Float[Tensor, "*b"], # to one question
@@ -115,16 +115,16 @@ def W_O(self:LanguageModel,
     raises where a norm comes between."""
     self.ask("attn_out")
     if self._adds["attn_out"] != self._attn:
-        raise SparseCodingError(f"{type(self.hf).__name__} sends what its heads bring through a norm before it is added "
-                                "to the stream: no matrix W_O says what a head writes.")
+        raise SparseCodingError(f"{type(self.hf).__name__} sends what its heads bring through a norm before it is "
+                                "added to the stream: no matrix W_O says what a head writes.")
     _, out, n, d = heads_of(self, layer)
     W, b = weight_columns(out)
     W, b = W.reshape(n, d, -1), W.new_zeros(W.shape[1]) if b is None else b
     return (W, b) if self._scale == 1 else (W*self._scale, b*self._scale)
 
-# %% ../nbs/foundation/08_attention.ipynb #34e81d3b
+# %% ../nbs/foundation/08_attention.ipynb #e637131b
 def _read_by(model, layer, which): # 0 for queries, 1 for keys, 2 for values
-    "Weights [heads, d_model, d_head] and biases [heads, d_head], or None, as stored: fewer where query heads share them."
+    "Weights [heads, d_model, d_head], biases [heads, d_head] or None, as stored: fewer where query heads share them."
     attn, _, n, d = heads_of(model, layer)
     if hasattr(attn, "q_proj"): W, b = weight_columns([attn.q_proj, attn.k_proj, attn.v_proj][which])       # Llama
     elif hasattr(attn, "c_attn"): W, b = (t.chunk(3, -1)[which] for t in weight_columns(attn.c_attn))       # GPT-2
@@ -134,7 +134,7 @@ def _read_by(model, layer, which): # 0 for queries, 1 for keys, 2 for values
     elif hasattr(attn, "query_key_value"):                                 # GPT-NeoX: the three of each head
         mine = lambda t: t if t is None else t.unflatten(-1, (n, 3, d))[..., which, :].flatten(-2)
         W, b = map(mine, weight_columns(attn.query_key_value))
-    else: raise SparseCodingError(f"{type(model.hf).__name__} keeps queries, keys and values where we do not know them.")
+    else: raise SparseCodingError(f"{type(model.hf).__name__} keeps queries, keys and values in an unknown place.")
     return W.unflatten(-1, (-1, d)).movedim(1, 0), None if b is None else b.unflatten(-1, (-1, d))
 
 def _per_head(model, W, b):
@@ -152,7 +152,7 @@ def W_V(self:LanguageModel,
     self.ask("values", _values_hold, "makes its values in a way that is not known: W_V cannot be had for it.")
     return _per_head(self, *_read_by(self, layer, 2))
 
-# %% ../nbs/foundation/08_attention.ipynb #ed582abf
+# %% ../nbs/foundation/08_attention.ipynb #6124f029
 @patch
 def W_QK(self:LanguageModel,
     layer:int, # counted from 0
@@ -180,7 +180,9 @@ def freeze_norm(
     "The norm as a linear map that agrees with it on x; raises for what is no norm."
     if isinstance(norm, nn.Identity):
         return FrozenNorm(one := x.new_ones(x.shape[-1]), torch.zeros_like(one), torch.ones_like(x[..., :1]), False)
-    if (eps := getattr(norm, "variance_epsilon", getattr(norm, "eps", None))) is None:
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if eps is None and isinstance(norm, nn.RMSNorm): eps = torch.finfo(x.dtype).eps
+    if eps is None:
         raise SparseCodingError(f"{type(norm).__name__} is no norm that we can hold fixed: it has neither "
                                 f"eps nor variance_epsilon.")
     gain, shift, centred = norm_parts(norm, x)
@@ -220,7 +222,7 @@ def resid_pre(self:LanguageModel,
     finally: [h.remove() for h in hooks]
     return found
 
-# %% ../nbs/foundation/08_attention.ipynb #c2d2591b
+# %% ../nbs/foundation/08_attention.ipynb #c84287bc
 def _values_hold(model, tokens=(0, 1, 2, 3)):
     "Are the values of every layer its normalised stream times W_V?"
     layers, tokens = range(model.n_layers), torch.tensor([tokens])
@@ -230,7 +232,7 @@ def _values_hold(model, tokens=(0, 1, 2, 3)):
         return torch.einsum("bsm,kme->bske", model.attn_norm(l)(x[l]), W) + b
     return all(close(values(l), seen[l].v) for l in layers)
 
-# %% ../nbs/foundation/08_attention.ipynb #a3da4ea0
+# %% ../nbs/foundation/08_attention.ipynb #c92d18fe
 @patch
 def rotate(self:LanguageModel,
     layer:int, # counted from 0
@@ -247,7 +249,7 @@ def rotate(self:LanguageModel,
     flat, n = x.reshape(len(x), -1, 1, x.shape[-1]), cos.shape[-1]
     return torch.cat([turn(flat[..., :n], flat[..., :n], cos, sin)[0], flat[..., n:]], -1).view(x.shape)
 
-# %% ../nbs/foundation/08_attention.ipynb #01f232d4
+# %% ../nbs/foundation/08_attention.ipynb #7e4839ba
 def _head_norm(norm, y, head): # y: queries or keys of all heads [n, heads, d_head]
     "The norm of one head's queries or keys, held fixed: linear on [n, parts, d_head]."
     flat = getattr(norm, "weight", y).ndim == 1 and len(norm.weight) != y.shape[-1]
@@ -258,19 +260,24 @@ def _head_norm(norm, y, head): # y: queries or keys of all heads [n, heads, d_he
     mine = lambda t: t.view(y.shape[1:])[head] if t.numel() == y[0].numel() else t
     return FrozenNorm(mine(f.gain), mine(f.shift), scale[:, None], f.centred)
 
-# %% ../nbs/foundation/08_attention.ipynb #449dc01c
+# %% ../nbs/foundation/08_attention.ipynb #cc3f7d48
+def _qk_norm(attn, which): # "q" or "k"
+    "The norm of queries or keys, None where there is none."
+    return next((getattr(attn, n) for n in (f"{which}_norm", f"{which}_layernorm") if hasattr(attn, n)), None)
+
+# %% ../nbs/foundation/08_attention.ipynb #a058563d
 def _head_parts(model, layer, head, stream, parts, key):
     "A head's query or key in parts [n, parts + 1, d_head], before rotation; the last is what depends on no part."
     W, b = _read_by(model, layer, int(key))
     norm, own = freeze_norm(model.attn_norm(layer), stream[:, None]), head*len(W)//model.n_heads
     if b is None: b = W.new_zeros(len(W), W.shape[-1])
-    found = torch.cat([(norm(parts) - norm.shift) @ W[own], (norm.shift @ W[own] + b[own]).expand(len(parts), 1, -1)], 1)
-    names, attn = ("k_norm", "k_layernorm") if key else ("q_norm", "q_layernorm"), heads_of(model, layer)[0]
-    if (head_norm := next((getattr(attn, n) for n in names if hasattr(attn, n)), None)) is None: return found
+    mine = W[own].contiguous()
+    found = torch.cat([(norm(parts) - norm.shift) @ mine, (norm.shift @ mine + b[own]).expand(len(parts), 1, -1)], 1)
+    if (head_norm := _qk_norm(heads_of(model, layer)[0], "k" if key else "q")) is None: return found
     frozen = _head_norm(head_norm, torch.einsum("nm,kme->nke", norm(stream[:, None])[:, 0], W) + b, own)
     return torch.cat([frozen(found[:, :-1]) - frozen.shift, frozen(found[:, -1:])], 1)
 
-# %% ../nbs/foundation/08_attention.ipynb #802f3d8b
+# %% ../nbs/foundation/08_attention.ipynb #36216355
 @patch
 def qk_parts(self:LanguageModel,
     layer:int, # counted from 0
@@ -281,11 +288,11 @@ def qk_parts(self:LanguageModel,
     key:bool, # of keys, or of queries
     length:int|None=None, # of the rows, see `rotate`
 ) -> Float[Tensor, "n parts+1 d_head"]: # the last one is what depends on no part: shifts and biases
-    "A head's query or key as it is compared, in parts, all norms held fixed; raises where we do not know how it is made."
-    self.ask("queries and keys", _asks_so, "makes its queries and keys in a way that is not known: scores have no parts.")
+    "A head's query or key as it is compared, in parts, all norms held fixed; raises where its making is not known."
+    self.ask("queries and keys", _asks_so, "makes queries and keys in a way that is not known: scores have no parts.")
     return self.rotate(layer, _head_parts(self, layer, head, stream, parts, key), at, length)
 
-# %% ../nbs/foundation/08_attention.ipynb #1cd9f728
+# %% ../nbs/foundation/08_attention.ipynb #b9894fd4
 def _asks_so(model, tokens=(0, 1, 2, 3)):
     "Are the last head's queries and keys of every layer what we say they are?"
     layers, head, tokens = range(model.n_layers), model.n_heads - 1, torch.tensor([tokens])

@@ -44,7 +44,7 @@ def _quiet():
 # %% ../nbs/foundation/06_models.ipynb #e839d0fb
 def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
-# %% ../nbs/foundation/06_models.ipynb #33713c82
+# %% ../nbs/foundation/06_models.ipynb #26e98c0c
 def _why_not(source, e):
     "Why nothing could be read: files that a folder lacks, or else what the library said."
     names = "config.json", "tokenizer.json", "*.safetensors"
@@ -152,7 +152,7 @@ def _layout(hf):
     raise SparseCodingError(f"{type(hf).__name__} is not laid out like Llama, GPT-NeoX, GPT-2 or GPT-J: add its block "
                             "list, attention output and MLP output to LAYOUTS.")
 
-# %% ../nbs/foundation/06_models.ipynb #6ce060d0
+# %% ../nbs/foundation/06_models.ipynb #1e73661b
 POST_NORMS = ( # norms between attention (MLP) and the stream it is added to, where a block has both
     ("post_attention_layernorm", "post_feedforward_layernorm"),  # Gemma 2 and 3, OLMo 2
     ("post_self_attn_layernorm", "post_mlp_layernorm"))          # GLM 4
@@ -162,7 +162,7 @@ def _adders(block, attn, mlp):
     ends = next((two for two in POST_NORMS if all(hasattr(block, n) for n in two)), (attn, mlp))
     return dict(zip(("attn_out", "mlp_out"), ends))
 
-# %% ../nbs/foundation/06_models.ipynb #adfb49d0
+# %% ../nbs/foundation/06_models.ipynb #c7115cfb
 @torch.no_grad()
 def _watch_blocks(hf, blocks, adds, n=4): # n tokens are run
     "What went into every block, what came out, and what attention and MLP added."
@@ -176,7 +176,7 @@ def _watch_blocks(hf, blocks, adds, n=4): # n tokens are run
     finally: [h.remove() for h in handles]
     return seen
 
-# %% ../nbs/foundation/06_models.ipynb #ce5841a7
+# %% ../nbs/foundation/06_models.ipynb #0f3081e7
 def _adds_up(seen, scale):
     "Is every block's step what attention and MLP add, each times `scale`?"
     for s in seen:
@@ -185,7 +185,7 @@ def _adds_up(seen, scale):
         if not (gap <= 1e-3*(y - x).norm(dim=-1) + 1e-5*x.norm(dim=-1)).all(): return False
     return True
 
-# %% ../nbs/foundation/06_models.ipynb #08d56fcf
+# %% ../nbs/foundation/06_models.ipynb #75d8b174
 def _without_blank(rule, decoding=False): # a tokenizer's rule as in tokenizer.json, and the rules inside it
     "The rule without blanks that are put before a text or taken from before a token; None if nothing else is left."
     if isinstance(rule, list): return [r for r in (_without_blank(r, decoding) for r in rule) if r is not None]
@@ -196,7 +196,7 @@ def _without_blank(rule, decoding=False): # a tokenizer's rule as in tokenizer.j
     if kind == "ByteLevel" and not decoding: rule["add_prefix_space"] = False
     return rule
 
-# %% ../nbs/foundation/06_models.ipynb #9ba93697
+# %% ../nbs/foundation/06_models.ipynb #06981dc7
 def _plain(tokenizer):
     "The tokenizer, or a copy whose tokens side by side are the text."
     if not hasattr(tokenizer, "backend_tokenizer"): return tokenizer
@@ -207,7 +207,7 @@ def _plain(tokenizer):
     new._tokenizer = Tokenizer.from_str(json.dumps(rules | parts))
     return new
 
-# %% ../nbs/foundation/06_models.ipynb #3beeadd8
+# %% ../nbs/foundation/06_models.ipynb #f1c75c5e
 def _first_token(tokenizer):
     "The token that the tokenizer puts before every text by default, if any."
     plain, full = (tokenizer("a", add_special_tokens=s, verbose=False)["input_ids"][:1] for s in (False, True))
@@ -259,7 +259,7 @@ class LanguageModel:
     @property
     def blocks(self): return getattr(self.hf.base_model, self._blocks)
 
-# %% ../nbs/foundation/06_models.ipynb #5eeff8ec
+# %% ../nbs/foundation/06_models.ipynb #47325675
 @patch
 def _ask(self:LanguageModel):
     "Find out by one short run what a block adds to the stream, and what it returns; raises if there is no such run."
@@ -267,14 +267,14 @@ def _ask(self:LanguageModel):
     self._scale = getattr(self.blocks[0], "residual_multiplier", 1.)
     try: seen = _watch_blocks(self.hf, self.blocks, self._adds, min(4, self.context))
     except Exception as e:                                # of many kinds: whatever a configuration can get wrong
-        raise SparseCodingError(f"{type(self.hf).__name__} cannot be run on four tokens ({_first_line(e)}): look at its "
-                                "config.json.") from e
+        raise SparseCodingError(f"{type(self.hf).__name__} cannot be run on four tokens ({_first_line(e)}): look at "
+                                "its config.json.") from e
     self._tuple = isinstance(seen[0]["y"], tuple)
     why = (f"What attention and MLP add to the residual stream of {type(self.hf).__name__} is not known: attn_out and "
            "mlp_out cannot be had, use resid_post, attn_z or mlp_post.")
     self.refused = {} if _adds_up(seen, self._scale) else dict.fromkeys(self._adds, why)
 
-# %% ../nbs/foundation/06_models.ipynb #3d36bbb7
+# %% ../nbs/foundation/06_models.ipynb #879493c1
 @torch.no_grad()
 def _refusal(model, test, no):
     "None if a model passes a test, else the sentence that says why not."
@@ -282,7 +282,7 @@ def _refusal(model, test, no):
     except SparseCodingError as e: return str(e)
     except Exception: return no                              # of many kinds: whatever unknown code trips over
 
-# %% ../nbs/foundation/06_models.ipynb #fbfc197d
+# %% ../nbs/foundation/06_models.ipynb #98830a32
 @patch
 def ask(self:LanguageModel,
     what:str, # is asked for, the key in `refused`
@@ -381,7 +381,7 @@ def d_in(self:LanguageModel,
     if not is_input: return self.d_model
     return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
 
-# %% ../nbs/foundation/06_models.ipynb #8503aa78
+# %% ../nbs/foundation/06_models.ipynb #0fe47567
 def _scaled(fn, scale):
     "`fn` of the activation as it is added to the stream, where the model multiplies a module's output by `scale`."
     def of_output(x): return None if (new := fn(scale*x)) is None else new/scale
@@ -500,7 +500,7 @@ def splice(self:LanguageModel,
     keep = torch.as_tensor(keep, device=self.device)[..., None]
     return self.run_with(tokens, {site: lambda x: torch.where(keep, fn(x), x)})
 
-# %% ../nbs/foundation/06_models.ipynb #189593eb
+# %% ../nbs/foundation/06_models.ipynb #be0fe550
 @patch
 def unembed(self:LanguageModel,
     h:Float[Tensor, "*b d_model"], # what the last norm gave
@@ -510,7 +510,7 @@ def unembed(self:LanguageModel,
     head = _variant(self.hf, **{self.hf.base_model_prefix: Given(out)})
     return head(inputs_embeds=out.last_hidden_state, use_cache=False).logits.view(*h.shape[:-1], -1)
 
-# %% ../nbs/foundation/06_models.ipynb #bd217f20
+# %% ../nbs/foundation/06_models.ipynb #48eb039a
 @patch
 def logits_of(self:LanguageModel,
     z:Float[Tensor, "*b"], # products of the last norm's output with rows of the unembedding, and the bias if any
@@ -522,7 +522,7 @@ def logits_of(self:LanguageModel,
     if scale != 1: z = z*scale
     return z if cap is None else cap*torch.tanh(z/cap)
 
-# %% ../nbs/foundation/06_models.ipynb #2a66f2c6
+# %% ../nbs/foundation/06_models.ipynb #ce034dcb
 def _logit_rule(config):
     "The factor and the soft cap of a model's logits, if any."
     factor = 1/scaling if (scaling := getattr(config, "logits_scaling", None)) else getattr(config, "logit_scale", None)
@@ -534,7 +534,7 @@ def _rule_holds(model, scale, cap):
     z, truth = model.hf.get_output_embeddings()(h)*scale, model.unembed(h)
     return torch.allclose(truth, z if cap is None else cap*torch.tanh(z/cap), rtol=1e-4, atol=1e-4)
 
-# %% ../nbs/foundation/06_models.ipynb #20d4bf11
+# %% ../nbs/foundation/06_models.ipynb #199b82e1
 @torch.no_grad()
 def norm_parts(
     norm:nn.Module, # RMSNorm or LayerNorm, in whatever class
@@ -551,14 +551,14 @@ def norm_parts(
     _check_norm(norm, gain, shift, centred, x)
     return gain, shift, centred
 
-# %% ../nbs/foundation/06_models.ipynb #f1408c4f
+# %% ../nbs/foundation/06_models.ipynb #7dbefda8
 def _check_norm(norm, gain, shift, centred, x):
     "Raises unless these are the norm."
     y = torch.linspace(-1, 2, len(x)).to(x)*2.**20
     z = y - y.mean() if centred else y
     if not torch.allclose(norm(y), gain*z/z.pow(2).mean().sqrt() + shift, rtol=1e-3, atol=1e-3*float(gain.abs().max())):
-        raise SparseCodingError(f"{type(norm).__name__} is no norm that we can hold fixed: it is neither an RMSNorm nor "
-                                "a LayerNorm.")
+        raise SparseCodingError(f"{type(norm).__name__} is no norm that we can hold fixed: it is neither an RMSNorm "
+                                "nor a LayerNorm.")
 
 # %% ../nbs/foundation/06_models.ipynb #d7093a59
 def final_norm(

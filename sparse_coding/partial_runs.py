@@ -48,10 +48,11 @@ def run_z(
 ) -> Float[Tensor, "rows seq d_in"]: # all heads side by side, the site `attn_z`
     "All heads of a layer, by the model's own attention, on a given residual stream; raises for a layer out of range."
     seen, block = [], model.blocks[model.check(Site(layer)).layer]
+    network = model.above(layer - 1, x) if layer else model.hf.base_model
     def keep(z): seen.append(z); raise Enough
     def enter(module, args): return (x, *args[1:])
     with model.hooks({Site(layer, "attn_z"): keep}), fast_matmul(model.device):
-        door, network = block.register_forward_pre_hook(enter), model.above(layer - 1, x) if layer else model.hf.base_model
+        door = block.register_forward_pre_hook(enter)
         try:
             with suppress(Enough): network(inputs_embeds=x, use_cache=False)
         finally: door.remove()
@@ -67,7 +68,7 @@ def renumber(
     fresh = torch.arange(see.shape[1]) >= start[:, None]
     return torch.where(fresh, known - 1 + fresh.flatten().cumsum(0).view(fresh.shape), see), fresh
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #9465f5a2
+# %% ../nbs/foundation/07_partial_runs.ipynb #26796825
 class Noting(nn.Module):
     "Stands in for a block: what came in goes out, and what came with it is kept."
     def __init__(self, as_tuple=False):
@@ -78,7 +79,7 @@ class Noting(nn.Module):
         self.args, self.kwargs = args, kwargs
         return (x,) if self.as_tuple else x
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #1d95588f
+# %% ../nbs/foundation/07_partial_runs.ipynb #23a4d300
 def _mask_of(note, n):
     "Which positions a position may look at, from what a block was handed; None if simply all up to itself."
     found = (a for a in (*note.args, *note.kwargs.values()) if isinstance(a, Tensor) and a.shape[-2:] == (n, n))
@@ -86,7 +87,7 @@ def _mask_of(note, n):
     may = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
     return None if torch.equal(may, torch.ones_like(may).tril()) else may
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #886e7c92
+# %% ../nbs/foundation/07_partial_runs.ipynb #a5d5f563
 def check_exchangeable(
     hf, # a Hugging Face model
 ):
@@ -113,7 +114,7 @@ def use_attention(
         hf.set_attn_implementation(before)
         if given: AttentionInterface.register(name, function)
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #dd8dc16e
+# %% ../nbs/foundation/07_partial_runs.ipynb #520fa261
 @patch
 @torch.no_grad()
 def handed(self:LanguageModel,
@@ -128,7 +129,7 @@ def handed(self:LanguageModel,
         known[n] = [(_mask_of(note, n), note.kwargs.get("position_embeddings")) for note in notes]
     return known[n]
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #25cd387c
+# %% ../nbs/foundation/07_partial_runs.ipynb #db403f79
 @patch
 def masks(self:LanguageModel,
     n:int, # tokens in a row
@@ -136,7 +137,7 @@ def masks(self:LanguageModel,
     "Which positions a position may look at, in layers with a sliding window shorter than the row."
     return {l: mask for l,(mask, _) in enumerate(self.handed(n)) if mask is not None}
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #e581ec29
+# %% ../nbs/foundation/07_partial_runs.ipynb #81a510c4
 def pattern_of(
     q:Float[Tensor, "batch heads dst d_head"], # queries
     k:Float[Tensor, "batch heads src d_head"], # keys, as many heads
@@ -150,7 +151,7 @@ def pattern_of(
     if mask is None: mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #345c73f1
+# %% ../nbs/foundation/07_partial_runs.ipynb #b2df9694
 def attention_of(
     q:Float[Tensor, "batch heads seq d_head"], # queries
     k:Float[Tensor, "batch kv seq d_head"], # keys, for as many heads or for groups of them
@@ -205,16 +206,16 @@ def run_packed(self:LanguageModel,
         out = self.above(layer, x)(inputs_embeds=x, position_ids=packed.fresh.nonzero()[None, :, 1], use_cache=False)
         return self.unembed(out.last_hidden_state[0, packed.fresh.sum(1).cumsum(0) - 1]), packed.keys
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #7edb7b11
+# %% ../nbs/foundation/07_partial_runs.ipynb #08faa3cc
 @patch
 def _packed(self:LanguageModel, see, fresh, old, **more):
     "The positions to run, once it is sure that this model can be run so."
     check_exchangeable(self.hf)
-    self.ask("packed runs", _packs, "has attention that packed runs do not know: use run_from, which runs all positions.")
+    self.ask("packed runs", _packs, "has attention that packed runs do not know: use run_from instead.")
     see, fresh = (t.to(self.device) for t in (see, fresh))
     return Packed(see, fresh, old, {}, masks=self.masks(see.shape[1]), **more)
 
-# %% ../nbs/foundation/07_partial_runs.ipynb #7177a3af
+# %% ../nbs/foundation/07_partial_runs.ipynb #6524df28
 def _packs(model):
     "Does a packed run give what a plain one gives?"
     x = model.run_to(torch.tensor([[0, 1, 2], [0, 1, 3]]), Site(0))[Site(0)]

@@ -153,8 +153,21 @@ def test_attention_in_its_own_code_is_refused(peculiar):
 def test_what_is_not_known_of_is_noticed(tmp_path):
     "At the first call, and said again by every other."
     model, tokens = load_model(tiny_model(tmp_path/"x", "llama", n_layers=2), device="cpu"), torch.arange(1, 9)[None]
-    model.blocks[1].self_attn.q_norm = torch.nn.RMSNorm(8)                   # it says that it norms, and does not
+    model.blocks[1].self_attn.q_norm = torch.nn.RMSNorm(8, 1e-6)             # it says that it norms, and does not
     for layer in (1, 0):
-        with pytest.raises(SparseCodingError, match="queries and keys in a way that is not known"):
+        with pytest.raises(SparseCodingError, match="makes queries and keys in a way that is not known"):
             model.qk_parts(layer, 0, torch.randn(2, 32), torch.randn(2, 1, 32), torch.arange(2), False)
     assert model.attend(tokens, 1)[1].pattern.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("rope", [dict(rope_type="yarn", factor=4., original_max_position_embeddings=16), dict(
+    rope_type="longrope", factor=4., short_factor=[1., 1.2, 1.3, 1.1], long_factor=[2., 3., 4., 5.],
+    original_max_position_embeddings=16)])
+def test_angles_that_depend_on_the_length_of_the_row(rope):
+    config = tiny_config("llama", len(tokenizer := tiny_tokenizer()), n_layers=2, context=64)
+    config.rope_parameters = dict(rope, rope_theta=1e4)
+    model, tokens = LanguageModel(AutoModelForCausalLM.from_config(config), tokenizer, "x"), torch.arange(1, 33)[None]
+    x, a, at = model.resid_pre(tokens, [1])[1][0], model.attend(tokens, 1)[1], torch.tensor([1, 5, 9])
+    for key, whole in ((False, a.q), (True, a.k)):
+        found = model.qk_parts(1, 3, x[at], x[at, None], at, key, length=32).sum(1)
+        assert_close(found, whole[0, at, 3], atol=1e-6, rtol=1e-4)
