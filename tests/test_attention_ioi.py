@@ -12,7 +12,7 @@ from sparse_coding.splicing import Placed
 from sparse_coding.paper2.claims import judge_and, judge_gate, judge_pairs, judge_position
 from sparse_coding.paper2.long_prefix import matched
 from sparse_coding.paper2.ioi import (Sentences, _kinds, at_mean, at_place, by_order, feature_effects, greedy_pairs,
-    lead, logit_difference, losses_by_layer, name_movers, noising, plans, read_from, recovery, reordered, rotated,
+    lead, logit_difference, losses_by_layer, name_movers, noising, plans, read_from, recovery, reordered,
     score_parts, sentences, spliced, together, variance_explained, written)
 from tiny import tiny_model
 
@@ -179,7 +179,7 @@ def test_queries_and_keys_are_those_of_the_model(made):
         for (W, b), saw in zip(model.W_QK(l), (seen.q, seen.k)):
             for at in (s.at["S1"], s.at["END"]):
                 i = torch.arange(len(s))
-                mine = rotated(model, torch.einsum("bm,kme->bke", model.attn_norm(l)(x)[i, at], W) + b, at)
+                mine = model.rotate(l, torch.einsum("bm,kme->bke", model.attn_norm(l)(x)[i, at], W) + b, at)
                 assert_close(mine, saw[i, at], atol=1e-3*float(saw.abs().max()), rtol=0)
 
 
@@ -204,7 +204,7 @@ def test_a_features_pairs_are_what_the_score_loses_without_it(made):
     written_ = code[:, None]*(saes[l].W_dec[j] @ model.W_O(l)[0].flatten(0, 1))
     x = model.resid_pre(s.tokens, [layer])[layer][i, s.at["END"]][:, None]
     norm, (W, b) = freeze_norm(model.attn_norm(layer), x), (v[head] for v in model.W_QK(layer)[0])
-    q, without = (rotated(model, norm(y) @ W + b, s.at["END"])[:, 0] for y in (x, x - written_[:, None]))
+    q, without = (model.rotate(layer, norm(y) @ W + b, s.at["END"])[:, 0] for y in (x, x - written_[:, None]))
     keys = seen.k[i, s.at["IO"], head] - seen.k[i, s.at["S1"], head]
     want = seen.scale*((q - without)*keys).sum(-1)
     assert code.max() > 0
@@ -214,7 +214,7 @@ def test_a_features_pairs_are_what_the_score_loses_without_it(made):
 def test_the_rotation_depends_on_the_distance_alone(made):
     model, *_ = made
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    at = lambda v, p: rotated(model, v[None], torch.tensor([p]))[0]
+    at = lambda v, p: model.rotate(1, v[None], torch.tensor([p]))[0]
     assert_close(at(q, 11) @ at(k, 4), at(q, 8) @ at(k, 1), atol=1e-4, rtol=1e-4)
 
 

@@ -63,7 +63,7 @@ def _twice(placed, feature, x, keep, on):
     model, both = placed.model, torch.cat([x, ablate(placed.sae, x, [feature], keep)])
     run = model.above(placed.site.layer, both)
     h = run(inputs_embeds=both, use_cache=False).last_hidden_state[torch.cat([on, on])]
-    return model.hf.get_output_embeddings()(h).chunk(2)
+    return model.unembed(h).chunk(2)
 
 # %% ../../nbs/paper1/51_what_it_does.ipynb #d0f525d8
 def _effect(placed, feature, tokens, keep):
@@ -133,4 +133,4 @@ def steered(
     with fast_matmul(model.device):
         new = [x + s*direction*last for s in strengths]
         ends = [model.above(site.layer, y)(inputs_embeds=y, use_cache=False).last_hidden_state[:, -1] for y in new]
-        return torch.stack([model.hf.get_output_embeddings()(h).log_softmax(-1).cpu() for h in ends])
+        return torch.stack([model.unembed(h).log_softmax(-1).cpu() for h in ends])

@@ -594,7 +594,7 @@ def drops(
         d, f, t = (torch.from_numpy(np.asarray(v[a:a + size], np.int64)) for v in (dst, features, target))
         ids = torch.from_numpy(np.array(tokens[a:a + size, :int(d.max()) + 1], np.int64))
         h = _without(placed, ids, d, f)
-        logp = placed.model.hf.get_output_embeddings()(h).log_softmax(-1).cpu()[:, torch.arange(len(d)), t]
+        logp = placed.model.unembed(h).log_softmax(-1).cpu()[:, torch.arange(len(d)), t]
         found.append((logp[0] - logp[1:]).T)
     return torch.cat(found).numpy()
 

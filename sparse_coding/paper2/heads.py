@@ -235,7 +235,7 @@ def _rises(model, layer, some, mean):
         return z.flatten(0, 1).flatten(2)
     with fast_matmul(model.device), model._hooks({Site(layer, "attn_z"): edit}): y = _copies(model, layer, ids, h + 1)
     y = y.last_hidden_state.unflatten(0, (h + 1, -1))[:, i, at]
-    loss = -model.hf.get_output_embeddings()(y).log_softmax(-1)[:, i, target].cpu()
+    loss = -model.unembed(y).log_softmax(-1)[:, i, target].cpu()
     return (loss[1:] - loss[0]).T
 
 # %% ../../nbs/paper2/41_heads.ipynb #1e3941e2

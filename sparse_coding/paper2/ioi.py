@@ -6,9 +6,9 @@
 __all__ = ['AND', 'FILLER', 'PLACES_READ', 'CONJUNCTIONS', 'NOISED', 'Sentences', 'plans', 'written', 'sentences',
            'logit_difference', 'at_place', 'losses_by_layer', 'summary', 'spliced', 'at_mean', 'Effects',
            'feature_effects', 'by_order', 'plot_effects', 'strongest_token', 'together', 'read_from', 'beside_and',
-           'strongest_texts', 'noising', 'reordered', 'lead', 'recovery', 'plot_noising', 'name_movers', 'rotated',
-           'Side', 'side', 'ScoreParts', 'score_parts', 'greedy_pairs', 'variance_explained', 'PairShares',
-           'explained_by_pairs', 'plot_pairs']
+           'strongest_texts', 'noising', 'reordered', 'lead', 'recovery', 'plot_noising', 'name_movers', 'Side', 'side',
+           'ScoreParts', 'score_parts', 'greedy_pairs', 'variance_explained', 'PairShares', 'explained_by_pairs',
+           'plot_pairs']
 
 # %% ../../nbs/paper2/43_ioi.ipynb #d5becdd6
 from collections.abc import Callable, Iterable
@@ -28,7 +28,6 @@ from ..runs import fast_matmul, load_or_compute
 from ..stats import mean_ci, difference
 from ..plots import COLORS
 from ..models import LanguageModel
-from ..attention import weight_columns, heads_of, freeze_norm
 from ..corpora import readable
 from ..dictionaries import Dictionary
 from ..splicing import Placed
@@ -131,12 +130,12 @@ def logit_difference(
 def _gap(model, s, r, edits, given):
     "The same for the sentences r."
     U, (layer, x) = model.hf.get_output_embeddings(), given or (0, None)
+    def logit(h, t): return (h*U.weight[t]).sum(-1) + (0 if U.bias is None else U.bias[t])
     with model._hooks(edits), fast_matmul(model.device):
         if layer: h = model.above(layer - 1, x := x[r.to(model.device)])(inputs_embeds=x, use_cache=False)
         else: h = model.hf.base_model(model._ids(s.tokens[r]), use_cache=False)
     h = h.last_hidden_state[torch.arange(len(r)), s.at["END"][r]].double()
-    gap = (h*(U.weight[s.io[r]] - U.weight[s.s[r]])).sum(-1)
-    return gap if U.bias is None else gap + U.bias[s.io[r]] - U.bias[s.s[r]]
+    return model.logits_of(logit(h, s.io[r])) - model.logits_of(logit(h, s.s[r]))
 
 # %% ../../nbs/paper2/43_ioi.ipynb #7b62a545
 def at_place(
@@ -557,37 +556,6 @@ def _at_end(model, s):
     for l,k in np.ndindex(*direct.shape):
         yield {"layer": l, "head": k, "direct": float(direct[l, k]), **{v: float(w[l, k]) for v,w in to.items()}}
 
-# %% ../../nbs/paper2/43_ioi.ipynb #5f49135e
-@patch
-def W_QK(self:LanguageModel,
-    layer:int, # counted from 0
-) -> tuple[tuple, tuple]: # of queries, of keys: weights [heads, d_model, d_head], biases [heads, d_head]
-    "What each head asks and what it is found by, before rotation."
-    attn, _, n, d = heads_of(self, layer)
-    def split(W, b):
-        b = W.new_zeros(W.shape[-1]) if b is None else b
-        W, b = W.unflatten(-1, (-1, d)), b.unflatten(-1, (-1, d))
-        return W.movedim(1, 0).repeat_interleave(n//W.shape[1], 0), b.repeat_interleave(n//len(b), 0)
-    if hasattr(attn, "q_proj"): return split(*weight_columns(attn.q_proj)), split(*weight_columns(attn.k_proj))
-    if hasattr(attn, "c_attn"):
-        return tuple(split(*(t.chunk(3, -1)[i] for t in weight_columns(attn.c_attn))) for i in (0, 1))
-    both = [t.unflatten(-1, (n, 3, d)) for t in weight_columns(attn.query_key_value)]
-    return tuple(split(*(t[..., i, :].flatten(-2) for t in both)) for i in (0, 1))
-
-# %% ../../nbs/paper2/43_ioi.ipynb #759f7335
-def rotated(
-    model:LanguageModel, # its rotation, if it has one
-    x:Float[Tensor, "batch *some d_head"], # parts of queries or keys
-    at:Int[Tensor, "batch"], # their positions
-) -> Float[Tensor, "batch *some d_head"]:
-    "Queries or keys as attention compares them."
-    if not hasattr(model.hf.base_model, "rotary_emb"): return x
-    angles = model.hf.base_model.rotary_emb(x, at[:, None].to(x.device))
-    cos, sin = (t.view(len(at), *[1]*(x.ndim - 2), -1) for t in angles)
-    turn, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
-    a, b = turn.chunk(2, -1)
-    return torch.cat([turn*cos + torch.cat([-b, a], -1)*sin, rest], -1)
-
 # %% ../../nbs/paper2/43_ioi.ipynb #7a0379c0
 @dataclass
 class Side:
@@ -635,13 +603,12 @@ def side(
     saes:dict[int, Dictionary], # those below the layer are used
     key:bool, # or the query
 ) -> Side:
-    "What a head's query or key at one place consists of, the norm held fixed."
-    W, b = (v[head] for v in model.W_QK(layer)[key])
-    frozen = freeze_norm(model.attn_norm(layer), seen[Site(layer - 1)][torch.arange(len(at)), at][:, None])
+    "What a head's query or key at one place consists of, all norms held fixed."
     names, feature, vectors = zip(*_stream_parts(model, seen, at, layer, saes))
-    linear = (frozen(torch.stack(vectors, 1)) - frozen.shift) @ W
-    constant = (frozen.shift @ W + b).expand(len(at), 1, -1)
-    return Side([*names, "bias"], np.array([*feature, False]), rotated(model, torch.cat([linear, constant], 1), at))
+    stream = seen[Site(layer - 1)]
+    read = model.qk_parts(layer, head, stream[torch.arange(len(at)), at], torch.stack(vectors, 1), at, key,
+                          stream.shape[1])
+    return Side([*names, "bias"], np.array([*feature, False]), read)
 
 # %% ../../nbs/paper2/43_ioi.ipynb #1564dc17
 @dataclass

@@ -29,7 +29,7 @@ from ..runs import fast_matmul, load_or_compute
 from ..stats import mean_ci, interval
 from ..plots import COLORS
 from ..models import LanguageModel, final_norm
-from ..partial_runs import use_attention
+from ..partial_runs import attention_of, use_attention
 from ..attention import freeze_norm
 from ..corpora import load_rows
 from ..splicing import Placed
@@ -202,12 +202,14 @@ def prefixed(
     return Prefixed(tokens, *(torch.from_numpy(v) for v in (second + length - 1, first + length)))
 
 # %% ../../nbs/paper2/42_long_prefix.ipynb #b7838a42
-def _glancing(module, q, k, v, mask, scaling=None, at=None, seen=None, **kwargs):
+def _glancing(module, q, k, v, mask, scaling=None, softcap=None, at=None, seen=None, masks={}, **kwargs):
     "Ordinary attention; the pattern at one position per row, and what the heads bring there, go into `seen`."
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    out = attention_of(q, k, v, mask := masks.get(module.layer_idx), scaling, softcap)
     i, scale = torch.arange(len(q), device=q.device), q.shape[-1]**-.5 if scaling is None else scaling
     scores = scale*torch.einsum("bhe,bhse->bhs", q[i, :, at], k.repeat_interleave(q.shape[1]//k.shape[1], 1))
+    if softcap: scores = softcap*torch.tanh(scores/softcap)
     later = torch.arange(k.shape[2], device=q.device) > at[:, None]
+    if mask is not None: later = later | ~mask[at]
     seen[module.layer_idx] = scores.masked_fill(later[:, None], float("-inf")).softmax(-1), out[i, :, at]
     return out.transpose(1, 2), None
 
@@ -225,8 +227,9 @@ def glance(self:LanguageModel,
     seen, ends, at = {}, [], at.to(self.device)
     hook = final_norm(self).register_forward_pre_hook(lambda m, args: ends.append(args[0][torch.arange(len(at)), at]))
     try:
-        with use_attention(self.hf, "glancing"), fast_matmul(self.device):
-            self.hf.base_model(self._ids(tokens), use_cache=False, at=at, seen=seen)
+        more = dict(at=at, seen=seen, masks=self.masks(tokens.shape[1]))
+        with use_attention(self.hf, "glancing", **more), fast_matmul(self.device):
+            self.hf.base_model(self._ids(tokens), use_cache=False)
     finally: hook.remove()
     return *(torch.stack([seen[l][i] for l in range(self.n_layers)]) for i in (0, 1)), ends[0]
 

@@ -485,7 +485,7 @@ def _promotes(ax, model, logits, n=6):
     "The tokens a direction raises most and lowers most."
     ids = torch.cat([logits.topk(n).indices, logits.topk(n, largest=False).indices.flip(0)])
     ax.barh(range(2*n), logits[ids], color=[COLORS["sae"]]*n + [COLORS["target"]]*n)
-    ax.set_yticks(range(2*n), [repr(printable(t)) for t in model.str_tokens(ids)], fontsize=8)
+    ax.set_yticks(range(2*n), [f"'{printable(t)}'" for t in model.str_tokens(ids)], fontsize=8)
     ax.tick_params(axis="y", length=0, pad=6)
     ax.set(xlabel="logit per unit, up to a factor", title="promotes, and suppresses")
     ax.invert_yaxis()

@@ -515,7 +515,7 @@ def _rest(g, n):
 def _leaf_rows(g, n):
     "Name, share of the activation and colour of each bar."
     words, top = g.trace.words, [(g.nodes[i], float(g.values[i])) for i in g.order[:n]]
-    rows = [(f"{m}  at {printable(words[m.position])!r}", v, PART_COLORS[m.kind]) for m,v in top]
+    rows = [(f"{m}  at '{printable(words[m.position])}'", v, PART_COLORS[m.kind]) for m,v in top]
     rows += [(name, v, color) for (name,v),color in zip(_rest(g, n), ("basis", "random", "ink"))]
     return [(name, v/g.activation, COLORS[color]) for name,v,color in rows]
 
@@ -601,7 +601,7 @@ def _curve(ax, start, end, w):
 def _draw_nodes(ax, g, shown, spots):
     "Boxes with name, token and share."
     for n,(x,y) in spots.items():
-        text = f"{n} at {printable(g.trace.words[n.position])!r}: {100*shown[n][1]:+.0f}%"
+        text = f"{n} at '{printable(g.trace.words[n.position])}': {100*shown[n][1]:+.0f}%"
         box = dict(boxstyle="round,pad=.25", fc="white", ec=COLORS[PART_COLORS[n.kind]], lw=1.8 if n == g.root else .9)
         ax.text(x, y, text, fontsize=7, ha="center", va="center", zorder=3, bbox=box)
 
