@@ -16,7 +16,6 @@ from functools import lru_cache
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
@@ -225,9 +224,9 @@ def glance(self:LanguageModel,
            Float[Tensor, "batch d_model"]]:
     "At one position per row: every head's pattern, what it brings (z), and the residual stream before the final norm."
     seen, ends, at = {}, [], at.to(self.device)
+    more = dict(at=at, seen=seen, masks=self.masks(tokens.shape[1]))
     hook = final_norm(self).register_forward_pre_hook(lambda m, args: ends.append(args[0][torch.arange(len(at)), at]))
     try:
-        more = dict(at=at, seen=seen, masks=self.masks(tokens.shape[1]))
         with use_attention(self.hf, "glancing", **more), fast_matmul(self.device):
             self.hf.base_model(self._ids(tokens), use_cache=False)
     finally: hook.remove()
