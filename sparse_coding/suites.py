@@ -9,7 +9,7 @@ __all__ = ['KINDS_OF', 'READS', 'READ_HERE', 'OF_MODEL_AND_TEXT', 'OF_TRAINING',
            'with_unit_rows', 'made', 'site_of', 'told', 'refuse_unknown', 'modern', 'read_saelens', 'read_npz',
            'scope_metadata', 'read_gemma_scope', 'read_llama_scope', 'hook_of_module', 'read_sparsify', 'torch_weights',
            'read_dictionary_learning', 'read_circuit_tracer', 'format_of', 'from_hub', 'load_dictionary',
-           'write_hub_repository', 'write_sparsify', 'write_circuit_tracer']
+           'write_hub_repository', 'write_sparsify', 'write_circuit_tracer', 'described', 'convert']
 
 # %% ../nbs/foundation/22_suites.ipynb #7427861f
 import re, zipfile
@@ -790,3 +790,31 @@ def _tracer_tensors(d):
     threshold = d.threshold if isinstance(d, JumpReLUSAE) else None
     return _to_write({"W_enc": d.W_enc.T, "W_dec": d.W_dec, "b_enc": d.b_enc, "b_dec": d.b_dec, "W_skip": d.W_skip,
                       "activation_function.threshold": threshold})
+
+# %% ../nbs/foundation/22_suites.ipynb #e51b0398
+def described(
+    d:Dictionary, # of any kind
+) -> dict: # name -> what to show
+    "What there is to say about a dictionary without running it."
+    size = f"{d.d_in} to {d.d_sae}" + (f" to {d.d_out}" if isinstance(d, _Transcodes) else "")
+    about = {"kind": type(d).__name__, "widths": size, "k": getattr(d, "k", None)}
+    if isinstance(d, JumpReLUSAE):
+        low, high = (f(d.threshold).item() for f in (torch.min, torch.max))
+        about["thresholds"] = f"{low:.4g} to {high:.4g}"
+    about |= {"b_dec subtracted first": d.pre_bias, "length of b_dec": f"{d.b_dec.norm():.4g}"}
+    return {k: v for k, v in (about | d.metadata).items() if v is not None}
+
+# %% ../nbs/foundation/22_suites.ipynb #8ceeff18
+def convert(
+    d:Dictionary, # of any kind
+    folder:Path, # made if it is not there
+    to:str, # "saelens", "sparsify" or "circuit-tracer"
+) -> Path: # the folder
+    "Write a dictionary in another library's format; raises where that has no such kind."
+    if to == "saelens": return d.save(folder)
+    if to == "sparsify": return write_sparsify(d, folder)
+    if to != "circuit-tracer":
+        raise SparseCodingError(f"Unknown format {to!r}: choose saelens, sparsify or circuit-tracer.")
+    layer = re.match(r"blocks\.(\d+)\.", d.metadata.get("hook_name") or "")
+    if not layer: raise SparseCodingError("circuit-tracer needs a layer, and this dictionary does not say where it reads.")
+    return write_circuit_tracer({int(layer[1]): d}, folder)

@@ -368,7 +368,10 @@ def reproduce(
         target, key = out/"notebooks"/f"{page_name(path)}.ipynb", done_key(path, p)
         if not in_place and target.exists() and done.get(page_name(path), {}).get("key") == key:
             print(f"{page_name(path):<27} done before, {done[page_name(path)]['seconds']:.0f} s"); continue
-        seconds = execute(path, target, environment(p, out, ledger), timeout)
+        note = out/"used"/f"{page_name(path)}.txt"              # what the page asks the cache for, see 86_pack
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        seconds = execute(path, target, environment(p, out, ledger) | {"SPARSE_CODING_USED": str(note)}, timeout)
         if in_place: shutil.copy(target, path)
         done[page_name(path)] = {"key": key, "seconds": round(seconds, 1)}
         write_json(out/"done.json", done)
