@@ -816,5 +816,6 @@ def convert(
     if to != "circuit-tracer":
         raise SparseCodingError(f"Unknown format {to!r}: choose saelens, sparsify or circuit-tracer.")
     layer = re.match(r"blocks\.(\d+)\.", d.metadata.get("hook_name") or "")
-    if not layer: raise SparseCodingError("circuit-tracer needs a layer, and this dictionary does not say where it reads.")
+    if not layer:
+        raise SparseCodingError("circuit-tracer needs a layer, and this dictionary does not say where it reads.")
     return write_circuit_tracer({int(layer[1]): d}, folder)
