@@ -230,7 +230,7 @@ def code_hash(
     return hashlib.sha256(json.dumps(essence).encode()).hexdigest()[:16]
 
 # %% ../nbs/foundation/01_runs.ipynb #feba6b20
-_inner = []                                                # per computation that is going on: seconds of those inside it
+_inner = []                                # per computation that is going on: seconds of those inside it
 
 def _seconds(compute:Callable) -> float: # without the results that are computed inside
     "Compute, and say how long it took."

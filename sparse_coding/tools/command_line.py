@@ -216,8 +216,8 @@ def take(
     about, found = read_pack(folder), take_pack(folder)
     print(f"{found['wheels']} wheels and {found['taken']} results taken, {found['here before']} were here before.")
     if found["differ"]:
-        print(f"The pack was made by version {about.get('version')} ({about.get('commit')}). These modules differ here, "
-              f"and what depends on them is computed again: {', '.join(found['differ'])}.")
+        print(f"The pack was made by version {about.get('version')} ({about.get('commit')}). These modules differ, and "
+              f"what depends on them is computed again: {', '.join(found['differ'])}.")
 
 # %% ../../nbs/tools/90_command_line.ipynb #c77787cf
 def run_cache(
