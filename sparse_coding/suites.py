@@ -307,7 +307,10 @@ def read_saelens(
     "A dictionary of SAELens, of any version; raises for what cannot be honoured."
     cfg = read_settings(folder/"cfg.json")
     ours = {"norm", "tied"} <= set(cfg.get("metadata") or {})
-    if ours and cfg.get("architecture") in ("standard", "topk", "signed"): return load_saved(folder)
+    if ours and cfg.get("architecture") in ("standard", "topk", "signed"):
+        d = load_saved(folder)
+        d.metadata = told(d.metadata.get("hook_name")) | d.metadata
+        return d
     refuse_unknown(cfg, SAELENS, folder/"cfg.json", ignore)
     return _read_modern(modern(cfg), folder)
 

@@ -12,9 +12,9 @@ from sparse_coding.models import load_model
 from sparse_coding.dictionaries import evaluate, fvu, unit_rows, fixed, random_rotation
 from sparse_coding.firing import in_order
 from sparse_coding.study import results, stores, study
-from sparse_coding.suites import load_dictionary
 from sparse_coding.paper1.baselines import (BASELINES, METHODS, baseline, control_preset, covariance, few_features,
-    independent, load_baseline, nearest_recipe, principal, random_weights_model, read_as, train_control, working_k)
+    independent, nearest_recipe, principal, random_weights_model, read_as, train_control, working_k)
+
 from tiny import TEXT, tiny_model
 
 
@@ -159,7 +159,7 @@ def test_every_baseline_belongs_to_its_place_and_survives_the_disk(world, tmp_pa
     x = torch.cat([*in_order(stores(p, model)[1], p.site)])
     for name in BASELINES:
         d = baseline(p, model, p.site, name)
-        again = load_baseline(d.save(tmp_path/name))
+        again = load_saved(d.save(tmp_path/name))
         assert torch.equal(d.encode(x), again.encode(x)) and torch.equal(d(x), again(x)), name
         torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(d.d_sae))
         signed = name in ("pca", "ica", "pca-uncentred")
@@ -235,6 +235,6 @@ def test_both_twins_are_trained_alike(world):
     assert code.alphas[0] == pytest.approx(1e-3*x.shape[1]/x.norm(dim=1).double().pow(2).mean().item()**.5, rel=1e-3)
     for m in (model, random_weights_model(p, model)):
         folder = train_control(small, m)
-        sae, heldout = load_dictionary(folder/"000").check(m, p.site), stores(small, m, [p.site])[1]
+        sae, heldout = load_saved(folder/"000").check(m, p.site), stores(small, m, [p.site])[1]
         found = read_json(folder/"results.json")[0]
         assert evaluate(sae, in_order(heldout, p.site))["fvu"] == pytest.approx(found["fvu"], rel=1e-4)
