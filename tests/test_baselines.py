@@ -9,7 +9,7 @@ from scipy import stats
 from sparse_coding.presets import Site, SparseCodingError, preset
 from sparse_coding.runs import read_json
 from sparse_coding.models import load_model
-from sparse_coding.dictionaries import evaluate, fvu, unit_rows, fixed, random_rotation
+from sparse_coding.dictionaries import evaluate, fixed, fvu, load_saved, random_rotation, unit_rows
 from sparse_coding.firing import in_order
 from sparse_coding.study import results, stores, study
 from sparse_coding.paper1.baselines import (BASELINES, METHODS, baseline, control_preset, covariance, few_features,
