@@ -317,5 +317,6 @@ def judge_from_environment(
     model:LanguageModel, # under study
     budget:float=1e6, # tokens, if SPARSE_CODING_BUDGET does not say
 ) -> Judge:
-    "The models that SPARSE_CODING_JUDGE names, or the token lexicon; raises for a budget that is no number."
+    """The models that SPARSE_CODING_JUDGE names, or the token lexicon; raises for a budget that is no number,
+    or extra fields that are no JSON object."""
     return service_from_environment(model, budget, ApiModel) or TokenLexicon()
