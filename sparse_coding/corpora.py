@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'GLYPHS', 'Document', 'encyclopedia', 'code', 'conversation', 'corpus_kind', 'documents', 'split_of',
-           'check_corpus', 'interleave', 'Rows', 'default_first', 'first_token', 'load_rows', 'readable', 'row_texts',
-           'token_texts']
+           'check_corpus', 'interleave', 'Rows', 'first_token', 'load_rows', 'readable', 'row_texts', 'token_texts']
 
 # %% ../nbs/foundation/09_corpora.ipynb #214a548f
 import hashlib, json, os, re, zipfile
@@ -367,24 +366,14 @@ class Rows:
     def title(self): return [d["title"] for d in self.documents]
     def row_domain(self, i): return self.domain[self.docs[i, -1]]
 
-# %% ../nbs/foundation/09_corpora.ipynb #0b535f45
-def default_first(
-    model:LanguageModel, # whose tokenizer
-) -> int|None: # a token id, or None
-    "The token that the tokenizer puts before a text unasked, if any."
-    asked = {special: model.tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
-             for special in (True, False)}
-    return asked[True][0] if asked[True][:1] != asked[False][:1] else None
-
 # %% ../nbs/foundation/09_corpora.ipynb #5807e573
 def first_token(
     model:LanguageModel, # whose tokenizer
     bos:bool|None=None, # is a beginning of text wanted? As the tokenizer does by default, if not given
 ) -> int|None: # a token id; None for no such token
     "What rows begin with; where a tokenizer has no token for that, the one that ends a text also begins one."
-    known = default_first(model), model.bos_id, model.eot_id
-    if bos is None: return known[0]
-    return next((t for t in known if t is not None), None) if bos else None
+    if not (model.adds_bos if bos is None else bos): return None
+    return model.eot_id if model.bos_id is None else model.bos_id
 
 # %% ../nbs/foundation/09_corpora.ipynb #2598e8c9
 def _identity(corpus):

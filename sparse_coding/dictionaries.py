@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['unit_rows', 'Dictionary', 'TiedSAE', 'UntiedSAE', 'TopKSAE', 'SignedDictionary', 'fixed', 'random_rotation',
-           'read_settings', 'check_tensors', 'read_tensors', 'load_saved', 'l0', 'mse', 'total_variance', 'fvu',
-           'explained_variance', 'cossim', 'feature_density', 'frac_alive', 'evaluate', 'directions', 'max_cosines',
-           'mmcs', 'matched_cosines']
+           'read_settings', 'check_tensors', 'all_tensors', 'read_tensors', 'load_saved', 'l0', 'mse', 'total_variance',
+           'fvu', 'explained_variance', 'cossim', 'feature_density', 'frac_alive', 'evaluate', 'directions',
+           'max_cosines', 'mmcs', 'matched_cosines']
 
 # %% ../nbs/foundation/11_dictionaries.ipynb #24bd7b28
 import copy
@@ -276,15 +276,20 @@ def check_tensors(
     return {name: t.float() for name, t in tensors.items()}
 
 # %% ../nbs/foundation/11_dictionaries.ipynb #9442ffa7
+def all_tensors(
+    file:Path, # safetensors
+) -> dict[str, Tensor]: # as they are stored, unchecked
+    "The tensors of a file; raises where it cannot be read."
+    try: return load_file(file)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise SparseCodingError(f"{file} is missing or damaged: {e}") from None
+
 def read_tensors(
     file:Path, # safetensors
     *shapes, # for `check_tensors`: what must be there, what may be there
 ) -> dict[str, Tensor]: # float32
     "The tensors of a file; raises where it or one of them is not as expected."
-    try: found = load_file(file)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise SparseCodingError(f"{file} is missing or damaged: {e}") from None
-    return check_tensors(found, shapes[0], file, *shapes[1:])
+    return check_tensors(all_tensors(file), shapes[0], file, *shapes[1:])
 
 # %% ../nbs/foundation/11_dictionaries.ipynb #d0c589ae
 def load_saved(

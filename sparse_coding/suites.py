@@ -23,14 +23,13 @@ import torch.nn.functional as F
 import yaml
 from fastcore.basics import patch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .presets import SITE_KINDS, Site, SparseCodingError
 from .runs import write_json
-from sparse_coding.dictionaries import (Dictionary, TopKSAE, UntiedSAE, check_tensors, load_saved, read_settings,
-    read_tensors)
+from .dictionaries import (Dictionary, TopKSAE, UntiedSAE, all_tensors, check_tensors, load_saved,
+    read_settings, read_tensors)
 
 # %% ../nbs/foundation/22_suites.ipynb #e57c98b8
 class JumpReLUSAE(UntiedSAE):
@@ -347,12 +346,6 @@ def read_npz(
                                 f"{e}") from None
 
 # %% ../nbs/foundation/22_suites.ipynb #5495e25c
-def _any_tensors(file):
-    "All tensors of a safetensors file, unchecked."
-    try: return load_file(file)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise SparseCodingError(f"{file} is missing or damaged: {e}") from None
-
 def _sizes(t, name, file):
     "The two sizes of a matrix."
     if name not in t or t[name].ndim != 2: raise SparseCodingError(f"{file}: the weights hold no matrix {name}.")
@@ -389,7 +382,7 @@ def read_gemma_scope(
 # %% ../nbs/foundation/22_suites.ipynb #3b587b62
 def _scope_tensors(file):
     "The tensors of either release under the names of the first."
-    t = read_npz(file) if file.suffix == ".npz" else _any_tensors(file)
+    t = read_npz(file) if file.suffix == ".npz" else all_tensors(file)
     t = {k.replace("w_enc", "W_enc").replace("w_dec", "W_dec"): v for k, v in t.items()}
     if "affine_skip_connection" in t: t["W_skip"] = t.pop("affine_skip_connection").T
     (d, n), out = _sizes(t, "W_enc", file), _sizes(t, "W_dec", file)[1]
@@ -435,7 +428,7 @@ def read_llama_scope(
 ) -> Dictionary: # in raw units, rows of W_dec at length one
     "A dictionary or transcoder of Llama Scope; raises for what cannot be honoured."
     file = folder/"hyperparams.json"
-    cfg, t = read_settings(file), _any_tensors(folder/"checkpoints"/"final.safetensors")
+    cfg, t = read_settings(file), all_tensors(folder/"checkpoints"/"final.safetensors")
     _check_llama(cfg, file)
     t, reads, writes = _llama_tensors(cfg, t, file), cfg.get("hook_point_in"), cfg.get("hook_point_out")
     two = writes is not None and writes != reads
@@ -490,7 +483,7 @@ def read_sparsify(
     ignore:Iterable[str]=(), # settings that may be passed over
 ) -> Dictionary: # TopK, rows of W_dec at length one
     "A dictionary or transcoder of sparsify; raises for what cannot be honoured."
-    file, t = folder/"cfg.json", _any_tensors(folder/"sae.safetensors")
+    file, t = folder/"cfg.json", all_tensors(folder/"sae.safetensors")
     cfg, above = read_settings(file), folder.parent/"config.json"
     _check_sparsify(cfg, file, ignore)
     t, two = _sparsify_tensors(cfg, t, file), bool(cfg.get("transcode"))
@@ -575,7 +568,7 @@ def _read_yaml(file):
 # %% ../nbs/foundation/22_suites.ipynb #1ada8afa
 def _tracer_file(file):
     "The tensors of one layer under our names; raises for what is missing or not known."
-    t = _any_tensors(file)
+    t = all_tensors(file)
     (n, d), out = _sizes(t, "W_enc", file), _sizes(t, "W_dec", file)[1]
     for old in ("activation_function.threshold", "activation_function.k"):
         if old in t: t[old.rpartition(".")[2]] = t.pop(old)

@@ -66,7 +66,7 @@ def add_packing(
     packing = add("pack", "Write a folder from which other machines fetch model, text and results.", preset_arguments())
     packing.add_argument("folder", type=Path, metavar="DIR", help="receives the pack")
     packing.add_argument("--out", type=Path, metavar="RUN", help="folder of the run to pack (default out/PRESET)")
-    packing.add_argument("--small", action="store_true", help="without activations, which are nine tenths")
+    packing.add_argument("--small", action="store_true", help="without activations, the largest part")
     packing.add_argument("--offline-install", action="store_true", help="also the Python packages of this platform")
     packing.add_argument("--dry-run", action="store_true", help="print the sizes and write nothing")
 

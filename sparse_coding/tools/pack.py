@@ -258,7 +258,8 @@ def take_pack(
     about, results, taken, here = read_pack(folder), {}, 0, 0
     for name, entry in about["files"].items():
         if name.startswith("cache/"): results.setdefault(tuple(name.split("/")[1:3]), {})[name] = entry
-    _check_room(cache_dir(), sum(e["bytes"] for r in results.values() for e in r.values()))
+    new = [files for key, files in results.items() if not cache_dir().joinpath(*key).exists()]
+    _check_room(cache_dir(), sum(e["bytes"] for files in new for e in files.values()))
     wheels = [check_file(folder, name, e) for name, e in about["files"].items() if name.startswith("wheels/")]
     for name in WHEELS: fetch(name, Path(folder)/"wheels")
     for (kind, key), files in tqdm(results.items(), "take", unit="result", leave=False):
