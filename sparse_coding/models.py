@@ -506,9 +506,11 @@ def unembed(self:LanguageModel,
     h:Float[Tensor, "*b d_model"], # what the last norm gave
 ) -> Float[Tensor, "*b vocab"]: # the model's logits
     "The logits of the last norm's output, with all that the model does to them."
-    out = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=h.reshape(1, -1, h.shape[-1]))
+    row = h.reshape(1, h[..., 0].numel(), h.shape[-1])
+    out = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=row)
     head = _variant(self.hf, **{self.hf.base_model_prefix: Given(out)})
-    return head(inputs_embeds=out.last_hidden_state, use_cache=False).logits.view(*h.shape[:-1], -1)
+    logits = head(inputs_embeds=row, use_cache=False).logits
+    return logits.view(*h.shape[:-1], logits.shape[-1])
 
 # %% ../nbs/foundation/06_models.ipynb #48eb039a
 @patch
