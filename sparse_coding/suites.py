@@ -260,7 +260,7 @@ def _kind_of(cfg, file):
         raise SparseCodingError(f"{file}: activation_fn is {fn!r}; supported here: relu, topk.")
     k = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
     kind = "topk" if fn == "topk" else kind
-    if kind != "topk" or (isinstance(k, int) and k > 0): return kind, transcodes, k
+    if kind != "topk" or (type(k) is int and k > 0): return kind, transcodes, k
     raise SparseCodingError(f"{file}: a TopK dictionary whose settings do not say how many codes it keeps (k).")
 
 # %% ../nbs/foundation/22_suites.ipynb #3c0491b3
@@ -466,7 +466,7 @@ def _check_sparsify(cfg, file, ignore):
     act, k, signed = cfg.get("activation", "topk"), cfg.get("k"), "signed " if cfg.get("signed") else ""
     if act != "topk" or signed:
         raise SparseCodingError(f"{file}: activation is {signed}{act!r}; supported here: topk.")
-    if not isinstance(k, int) or k < 1: raise SparseCodingError(f"{file}: k is {k!r}.")
+    if type(k) is not int or k < 1: raise SparseCodingError(f"{file}: k is {k!r}, not a count of codes.")
 
 # %% ../nbs/foundation/22_suites.ipynb #11b2f273
 def _sparsify_tensors(cfg, t, file):
