@@ -33,7 +33,6 @@ from .corpora import GLYPHS, Rows, load_rows
 from .activations import ActivationStore, load_store
 from .dictionaries import Dictionary
 from .splicing import Placed
-from .study import study_sites
 
 # %% ../nbs/foundation/17_evidence.ipynb #6177c642
 FRAGMENT = 64 # tokens
@@ -66,7 +65,7 @@ def fragment_store(
 ) -> FragmentStore:
     "The activations of all fragments."
     rule = dict(drop_first=p.drop_first, max_norm=p.max_norm)
-    harvested = load_store(model, fragments(p, model), sites or study_sites(p), dtype=p.dtype, **rule)
+    harvested = load_store(model, fragments(p, model), sites or p.sites, dtype=p.dtype, **rule)
     return FragmentStore(harvested.folder, model.eot_id, **rule)
 
 # %% ../nbs/foundation/17_evidence.ipynb #412247d3

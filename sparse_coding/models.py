@@ -11,9 +11,12 @@ import copy
 import hashlib
 import json
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Callable, Iterable
+from unittest import mock
 
+import gguf
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -67,12 +70,17 @@ def _boot(
     return hf, tokenizer
 
 # %% ../nbs/foundation/06_models.ipynb #f3f00685
+def _parsed_once():
+    "Have a GGUF file parsed once: `transformers` does it thrice, and asks for the table of names at every module."
+    kept = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    return mock.patch.multiple(gguf, **kept)
+
 def _convert(
     gguf:Path, # a GGUF file
     folder:Path, # where config.json, model.safetensors and tokenizer.json go
 ):
     "Unpack a GGUF file into a folder that `transformers` loads at once, with identical logits."
-    with _quiet():
+    with _quiet(), _parsed_once():
         packed, tokenizer = _boot(gguf.parent, gguf_file=gguf.name)
         config = packed.config
         if hasattr(config, "quantization_config"): del config.quantization_config

@@ -68,9 +68,9 @@ class Source:
     fold: bool = False # fold LayerNorm and centre writing weights, as TransformerLens does
     corpus: Text = "embedded" # "embedded", a part of it, a path or a hub data set
     row_len: Annotated[int, Ge(2)] = 256 # tokens per row
-    n_tokens: Count = 131_072 # training tokens harvested
-    n_heldout: Count = 16_384 # held-out tokens
-    n_fragments: Count = 256 # held-out fragments of 64 tokens for interpretation, at most
+    n_tokens: Count = 49_152 # training tokens harvested
+    n_heldout: Count = 6_144 # held-out tokens
+    n_fragments: Count = 192 # held-out fragments of 64 tokens for interpretation, at most
     drop_first: bool = True # leave out position 0, whose norm can be a hundred times the others'
     max_norm: Annotated[float, Ge(1)]|None = 10. # leave out rows with more than this many times the median norm
     dtype: Literal["float16", "bfloat16", "float32"] = "float16" # of stored activations
@@ -88,20 +88,20 @@ class Preset(Source):
     alpha_unit: Literal["paper", "code"] = "paper" # eq. (4) with E|x|^2 = 1; or error averaged over d, x unscaled
     ratio: Positive = 2. # of the dictionaries later sections use
     alpha: Penalty = .06 # of the dictionaries later sections use
-    mlp_ratios: Ratios = (.125, .25) # R of the MLP grid
-    mlp_alphas: Penalties = (.015, .03, .06, .1) # of the MLP grid
-    mlp_ratio: Positive = .25 # R of the MLP dictionaries that later sections use
+    mlp_ratios: Ratios = (.0625, .125) # R of the MLP grid
+    mlp_alphas: Penalties = (.015, .06, .1) # of the MLP grid
+    mlp_ratio: Positive = .125 # R of the MLP dictionaries that later sections use
     mlp_alpha: Penalty = .06 # and their alpha
-    attn_tokens: Count = 65_536 # training tokens harvested at the attention layers
+    attn_tokens: Count = 24_576 # training tokens harvested at the attention layers
     attn_row_len: Annotated[int, Ge(2)] = 128 # tokens per row there, the first of them the beginning of text
-    attn_ratio: Positive = 4. # R of the attention dictionaries
+    attn_ratio: Positive = 2. # R of the attention dictionaries
     attn_k: Count|None = 16 # active features of each, by TopK; with an L1 penalty if None
     attn_alpha: Penalty = .06 # the penalty
     n_seeds: Count = 2 # seeds with which tied and untied dictionaries are compared
-    steps: Count = 200 # optimiser steps
-    mlp_steps: Count = 60 # optimiser steps at an MLP, which is wider
-    batch_size: Count = 2048
-    lr: Positive = 1e-3
+    steps: Count = 100 # optimiser steps
+    mlp_steps: Count = 30 # optimiser steps at an MLP, which is wider
+    batch_size: Count = 1024
+    lr: Positive = 2e-3
     frozen_step: bool = False # Adam with the bias correction of its first step, as the released code has it
     seed: Seed = 0
 
@@ -116,20 +116,27 @@ def site(self:Preset) -> Site:
     "The residual stream of the layer that single-layer figures show."
     return Site(self.layer)
 
+@patch(as_prop=True)
+def sites(self:Preset) -> list[Site]: # each once, `site` first
+    "Residual streams and MLPs that get dictionaries: their activations are harvested in one pass."
+    residual, mlp = map(Site, (self.layer, *self.layers)), (Site(l, "mlp_post") for l in self.mlp_layers)
+    return list(dict.fromkeys([*residual, *mlp]))
+
 # %% ../nbs/foundation/00_presets.ipynb #5bf31b21
 PRESETS = {
     "quick": Preset(),
     "laptop": Preset("laptop", "laptop", n_tokens=524_288, n_heldout=65_536, n_fragments=4096,
         layers=(3, 9, 15, 28, 29), mlp_layers=(0, 9, 28), attn_layers=(3, 9, 14, 17, 18, 23), attn_tokens=393_216,
-        ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_ratio=1., n_seeds=3, steps=1500, mlp_steps=200),
+        ratios=(.5, 1., 2., 4., 8.), mlp_ratios=(.25, 1., 2.), mlp_alphas=(.015, .03, .06, .1), mlp_ratio=1., n_seeds=3,
+        attn_ratio=4., steps=1500, mlp_steps=200, batch_size=2048, lr=1e-3),
     "paper": Preset("paper", "paper", model="EleutherAI/pythia-70m-deduped", fold=True,
         corpus="monology/pile-uncopyrighted", n_tokens=20_971_520, n_heldout=2_097_152, n_fragments=50_000,
-        drop_first=False, max_norm=None,
+        drop_first=False, max_norm=None, attn_ratio=4.,
         layer=2, layers=tuple(range(6)), mlp_layers=tuple(range(6)), attn_layers=tuple(range(6)),
         ratios=(.5, 1., 2., 4., 8., 16., 32.), alphas=tuple(float(f"{a:.4g}") for a in np.logspace(-4, -2, 16)),
         alpha_unit="code", alpha=8.577e-4, mlp_ratios=(.25, .5, 1., 2., 4., 8., 16.), mlp_ratio=1., mlp_alpha=3.162e-4,
         mlp_alphas=(1e-4, 3.162e-4, 5.623e-4, 1e-3, 1.778e-3, 3.162e-3), n_seeds=3, steps=20_480, mlp_steps=15_360,
-        batch_size=1024),
+        batch_size=1024, lr=1e-3),
 }
 
 # %% ../nbs/foundation/00_presets.ipynb #338c51b4

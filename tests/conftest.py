@@ -2,6 +2,8 @@
 import os, tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                            # before torch is loaded: see 85_runner
+
 import pytest
 
 

@@ -120,3 +120,9 @@ def test_the_library_door_of_readme_opens():
     scope = {}
     exec(code, scope)
     assert (scope["sae"].encode(scope["x"]) > 0).any()
+
+
+def test_the_cost_of_every_page_is_known():
+    "So that estimates hold: after a page is added, `sparse-coding reproduce` from an empty cache, and `sparse-coding estimate --record out/quick`."
+    known = json.loads((ROOT/"nbs"/"costs.json").read_text(encoding="utf-8"))["quick"]["pages"]
+    assert {name(p) for p in NOTEBOOKS if "_bench" not in p.stem} <= set(known)

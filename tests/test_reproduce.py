@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from sparse_coding.presets import SparseCodingError, preset
-from sparse_coding.tools import command_line, runner
+from sparse_coding.tools import command_line, costs, runner
 from command import COMMAND as RUN
 from tiny import tiny_model
 
@@ -25,14 +25,22 @@ def run(*args, **env): return subprocess.run([*RUN, *args], capture_output=True,
     (["estimate", "--layers", "9,9"], "9 twice"), (["estimate", "--layers", ""], "--layers takes numbers"),
     (["estimate", "--set", "steps=2.5"], "steps = 2.5"), (["estimate", "--set", "corpus=code"], "with the quotes"),
     (["estimate", "--model", ""], "model = ''"), (["estimate", "--corpus", "/no/such.jsonl"], "/no/such.jsonl does not exist"),
-    (["reproduce", "--only", "01,,"], "begins with ''"), (["reproduce", "--timeout", "0"], "above 0"),
+    (["reproduce", "--jobs", "0"], "count above 0"), (["reproduce", "--only", "01,,"], "begins with ''"), (["reproduce", "--timeout", "0"], "above 0"),
     (["reproduce", "--out", "/proc/none"], "choose a folder with --out"), (["report", "--out", "/no/run"], "no folder /no/run"),
     (["estimate", "--model", "gpt2"], "embedded"),
 ], ids=lambda a: " ".join(a[:3]) if isinstance(a, list) else "")
-def test_bad_input_costs_one_sentence(args, sentence):
-    done = run(*args, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert sentence in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_costs_one_sentence(args, sentence, capsys, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "SPARSE_CODING_PRESET"): monkeypatch.setenv(name, "1")            # as they were, afterwards
+    monkeypatch.delenv("SPARSE_CODING_PRESET")
+    try: status = command_line.main(args)
+    except SystemExit as e: status = e.code                                                         # of argparse
+    said = capsys.readouterr().err
+    assert status == 2 and sentence in said and "Traceback" not in said
+
+
+def test_a_process_that_is_asked_for_what_cannot_be_ends_with_a_status():
+    done = run("estimate", "--layers", "nine")
+    assert done.returncode == 2 and "--layers takes numbers" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("env, sentence", [
@@ -65,7 +73,7 @@ def test_what_model_and_text_do_not_have_is_refused_before_the_start(small, monk
     fits = {} if not changes else dict(layer=3, layers=[1, 3], mlp_layers=[0, 3], attn_layers=[3])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     p = preset(**dict(model="./model", corpus="./text.txt") | fits | changes)
-    with pytest.raises(SparseCodingError, match=says) as e: runner.estimate(p, runner.notebooks())
+    with pytest.raises(SparseCodingError, match=says) as e: costs.estimate(p, runner.notebooks())
     assert "\n" not in str(e.value)
 
 
@@ -83,7 +91,7 @@ def test_paths_are_absolute_and_embedded_names_are_no_paths(small, monkeypatch, 
 def page(folder, *sources):
     "A notebook with these cells."
     path = folder/"page"/"99_demo.ipynb"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), path)
     return path
 
@@ -165,3 +173,41 @@ def test_done_notebooks_are_not_done_again_and_ctrl_c_is_clean(tmp_path):
     again = run(*args)
     assert again.returncode == 0 and "foundation/04_plots         done before" in again.stdout
     assert (tmp_path/"notebooks"/"foundation"/"11_dictionaries.ipynb").exists() and "figures" in again.stdout
+
+
+def test_a_figure_is_drawn_and_the_page_ends_there(tmp_path, monkeypatch):
+    out, drawn = tmp_path/"out", 'save_figure(figure, "fig6")'
+    path = page(tmp_path, "save_figure = lambda figure, name: print(name)\nfigure = 0", drawn, "1/0")
+    with pytest.raises(SparseCodingError, match="ZeroDivisionError"): runner.reproduce(preset(), [path], out)
+    runner.reproduce(preset(), [path], out, figure="6")
+    assert [c.source for c in nbformat.read(out/"notebooks"/"page"/"99_demo.ipynb", 4).cells][-1] == drawn
+    with pytest.raises(SparseCodingError, match="ZeroDivisionError"): runner.reproduce(preset(), [path], out)        # it is not done
+
+
+def test_the_pictures_of_a_figure_are_told_from_those_of_others(tmp_path):
+    for name in ("fig1", "fig13", "fig13_1", "fig1_toy", "activation_norms"): (tmp_path/f"{name}.png").touch()
+    assert [f.stem for f in runner.saved(tmp_path, "1")] == ["fig1", "fig13_1", "fig1_toy"]
+
+
+def test_the_first_failure_stops_what_runs_beside_it(tmp_path):
+    bad, good = page(tmp_path/"a", "import time; time.sleep(1); 1/0"), page(tmp_path/"b", "import time; time.sleep(300)")
+    start = time.perf_counter()
+    with pytest.raises(SparseCodingError, match="ZeroDivisionError"): runner.reproduce(preset(), [bad, good, good], tmp_path/"out", jobs=2)
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_kernel_outlives_the_command(tmp_path, by):
+    "However it ends; a zombie that nobody has waited for is no kernel any more."
+    path, told = page(tmp_path, f"import os, time; open({str(tmp_path/'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"), tmp_path/"pid"
+    code = f"from pathlib import Path; from sparse_coding.tools import runner; runner.execute(Path({str(path)!r}), Path({str(tmp_path/'o.ipynb')!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (told.exists() and told.read_text()): time.sleep(.1); assert process.poll() is None
+    process.send_signal(by)
+    process.wait(30)
+    status = Path(f"/proc/{told.read_text()}/status")
+    for _ in range(100):
+        if not status.exists() or "State:\tZ" in status.read_text(): return
+        time.sleep(.1)
+    raise AssertionError(status.read_text())

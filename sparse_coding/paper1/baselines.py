@@ -358,7 +358,7 @@ def control_preset(p:Preset, # in force
     scaled = store.mean_square(p.site)**-.5/input_scale(store.mean_square(p.site), p.alpha_unit)
     some = p.alphas[::-(-len(p.alphas)//n_alphas)]
     alphas = tuple(eq4_alpha(a, p.alpha_unit, store.d_in(p.site))*scaled for a in some)
-    most = p.pick((32_768, 8_192, 100), (131_072, 32_768, 600), (math.inf,)*3)
+    most = p.pick((12_288, 3_072, 40), (131_072, 32_768, 600), (math.inf,)*3)
     counts = {k: min(getattr(p, k), v) for k,v in zip(("n_tokens", "n_heldout", "steps"), most)}
     return replace(p, alpha_unit="paper", alphas=alphas, **counts)
 

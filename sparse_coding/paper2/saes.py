@@ -144,11 +144,12 @@ def attention_recipes(
     return groups | _frontiers(p, p.attn_layers[len(p.attn_layers)//2])
 
 # %% ../../nbs/paper2/20_saes.ipynb #3df5a0fe
-def _frontiers(p, middle, times=(.25, .5, 1., 2., 4.)):
+def _frontiers(p, middle):
     "Groups of one layer whose members differ in sparsity, or in how they begin."
+    times = p.pick((.5, 1., 4.), (.25, .5, 1., 2., 4.), (.25, .5, 1., 2., 4.))
     if not p.attn_k: return {"frontier": [_recipe(p, middle, times=t) for t in times]}
     return {"frontier": [_recipe(p, middle, max(1, round(p.attn_k*t))) for t in times],
-            "frontier, L1": [_recipe(p, middle, times=t) for t in times[2:]],
+            "frontier, L1": [_recipe(p, middle, times=t) for t in times if t >= 1],
             "frontier, as initialised": [_recipe(p, middle, p.attn_k)]}
 
 # %% ../../nbs/paper2/20_saes.ipynb #4946ce96
