@@ -12,8 +12,10 @@ __all__ = ['FOLDERS', 'WENT', 'BENCHES', 'PRELUDE', 'PRELOAD', 'PATIENT', 'BIRTH
 import atexit, hashlib, json, logging, multiprocessing, os, re, shutil, subprocess, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 from ipykernel.kernelspec import get_kernel_dict
@@ -89,14 +91,14 @@ def fits(
     beginning = wanted if "/" in wanted else f"{folder}/{wanted}"
     return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(beginning)
 
-# %% ../../nbs/tools/85_runner.ipynb #1e204bab
+# %% ../../nbs/tools/85_runner.ipynb #3e773387
 def saves(
     figure:str, # a figure of the paper: "6"
 ) -> str: # a regular expression
     "What a cell that saves this figure, or a part of it, has in it."
     return rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)'
 
-# %% ../../nbs/tools/85_runner.ipynb #200359cf
+# %% ../../nbs/tools/85_runner.ipynb #12c69e48
 def saved(
     folder:Path, # of a run's figures
     figure:str, # of the paper: "6"
@@ -124,10 +126,10 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #6abaf047
+# %% ../../nbs/tools/85_runner.ipynb #2edcefb2
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
-# %% ../../nbs/tools/85_runner.ipynb #466ed2ae
+# %% ../../nbs/tools/85_runner.ipynb #fd06bdaf
 PRELOAD = ("torch.testing", "transformers.models.llama.modeling_llama", "safetensors.torch", "scipy.stats", "numba",
            "sklearn.decomposition", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "fastcore.test",
            "jaxtyping", "ipykernel.kernelapp")
@@ -141,7 +143,7 @@ def forks(): # a context of multiprocessing
     context.set_forkserver_preload(list(PRELOAD))
     return context
 
-# %% ../../nbs/tools/85_runner.ipynb #35fb8758
+# %% ../../nbs/tools/85_runner.ipynb #d6845edc
 BIRTH = """
 import multiprocessing, os, runpy, sys, threading
 os.setsid()
@@ -154,7 +156,7 @@ sys.argv = ["ipykernel_launcher", *words, f"--IPKernelApp.parent_handle={os.getp
 runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """
 
-# %% ../../nbs/tools/85_runner.ipynb #5cf046e2
+# %% ../../nbs/tools/85_runner.ipynb #fad32c98
 class _Process:
     "A forked process, spoken to as `subprocess.Popen` is."
     stdin = stdout = stderr = None
@@ -164,14 +166,22 @@ class _Process:
     def wait(self): self.process.join(); return self.process.exitcode
     def send_signal(self, signal): os.kill(self.pid, signal)
 
-# %% ../../nbs/tools/85_runner.ipynb #2feb84b4
+# %% ../../nbs/tools/85_runner.ipynb #6f1c58ec
+@contextmanager
+def _nameless():
+    "Hide the script that is running: a child of multiprocessing would import it, and so run it once more."
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try: yield
+    finally: sys.modules["__main__"] = script
+
+# %% ../../nbs/tools/85_runner.ipynb #c7da1c5a
 class Forked(LocalProvisioner):
     "Starts a kernel as a copy of a process that has imported the libraries."
     async def launch_kernel(self, cmd, **kwargs):
         if "ipykernel_launcher" not in cmd: return await super().launch_kernel(cmd, **kwargs)
         given = dict(env=dict(kwargs["env"]), folder=str(kwargs["cwd"]), words=cmd[cmd.index("ipykernel_launcher")+1:])
         process = forks().Process(target=exec, args=(BIRTH, given))
-        process.start()
+        with _nameless(): process.start()
         self.process, self.pid, self.pgid, self.cwd = _Process(process), process.pid, process.pid, kwargs["cwd"]
         return self.connection_info
 
@@ -238,7 +248,7 @@ def failure(
     else: reason = f"its kernel, {sys.executable} -m ipykernel, did not start ({first_line(e)})"
     return f"{page_name(path)} stopped: {reason}"
 
-# %% ../../nbs/tools/85_runner.ipynb #5b74d136
+# %% ../../nbs/tools/85_runner.ipynb #0b8fed71
 _running = set()                            # clients whose kernels may have to be killed
 
 def kill_kernels():
@@ -246,7 +256,7 @@ def kill_kernels():
     for client in list(_running):
         if client.km and client.km.has_kernel and client.km.provisioner.process: client.km.provisioner.process.kill()
 
-# %% ../../nbs/tools/85_runner.ipynb #1ad6fdf7
+# %% ../../nbs/tools/85_runner.ipynb #76bb9f67
 def stop(
     jobs:list, # futures that run notebooks
 ):
@@ -267,7 +277,7 @@ def interruptible(
             stop([job])
             raise
 
-# %% ../../nbs/tools/85_runner.ipynb #24054cc3
+# %% ../../nbs/tools/85_runner.ipynb #904fa5b7
 def up_to(
     nb:nbformat.NotebookNode, # loses its later cells
     pattern:str, # a regular expression: the last cell in which it is found is the last to stay
@@ -276,7 +286,7 @@ def up_to(
     last = max((i for i,c in enumerate(nb.cells) if re.search(pattern, c.source)), default=len(nb.cells))
     del nb.cells[last + 1:]
 
-# %% ../../nbs/tools/85_runner.ipynb #aa151f1f
+# %% ../../nbs/tools/85_runner.ipynb #4f75bfe2
 def peak_memory(
     manager, # of a kernel that is still there
 ) -> int: # bytes; 0 where Linux' files about processes are missing
@@ -367,7 +377,7 @@ def results_folder(
     except ValueError: raise SparseCodingError(f"{file} is damaged: delete it, and run this again.") from None
     return out
 
-# %% ../../nbs/tools/85_runner.ipynb #da4bf6aa
+# %% ../../nbs/tools/85_runner.ipynb #fa6b10d1
 def run_all(
     todo:list, # things to run, in order
     run:Callable, # takes one of them
