@@ -91,14 +91,14 @@ def fits(
     beginning = wanted if "/" in wanted else f"{folder}/{wanted}"
     return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(beginning)
 
-# %% ../../nbs/tools/85_runner.ipynb #3e773387
+# %% ../../nbs/tools/85_runner.ipynb #9b1014b3
 def saves(
     figure:str, # a figure of the paper: "6"
 ) -> str: # a regular expression
     "What a cell that saves this figure, or a part of it, has in it."
     return rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)'
 
-# %% ../../nbs/tools/85_runner.ipynb #12c69e48
+# %% ../../nbs/tools/85_runner.ipynb #d8e8c4e3
 def saved(
     folder:Path, # of a run's figures
     figure:str, # of the paper: "6"
@@ -126,10 +126,10 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #2edcefb2
+# %% ../../nbs/tools/85_runner.ipynb #d8ed6c89
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
-# %% ../../nbs/tools/85_runner.ipynb #fd06bdaf
+# %% ../../nbs/tools/85_runner.ipynb #99d0a6e8
 PRELOAD = ("torch.testing", "transformers.models.llama.modeling_llama", "safetensors.torch", "scipy.stats", "numba",
            "sklearn.decomposition", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "fastcore.test",
            "jaxtyping", "ipykernel.kernelapp")
@@ -143,7 +143,7 @@ def forks(): # a context of multiprocessing
     context.set_forkserver_preload(list(PRELOAD))
     return context
 
-# %% ../../nbs/tools/85_runner.ipynb #d6845edc
+# %% ../../nbs/tools/85_runner.ipynb #b29907aa
 BIRTH = """
 import multiprocessing, os, runpy, sys, threading
 os.setsid()
@@ -156,7 +156,7 @@ sys.argv = ["ipykernel_launcher", *words, f"--IPKernelApp.parent_handle={os.getp
 runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """
 
-# %% ../../nbs/tools/85_runner.ipynb #fad32c98
+# %% ../../nbs/tools/85_runner.ipynb #400ad2b4
 class _Process:
     "A forked process, spoken to as `subprocess.Popen` is."
     stdin = stdout = stderr = None
@@ -166,7 +166,7 @@ class _Process:
     def wait(self): self.process.join(); return self.process.exitcode
     def send_signal(self, signal): os.kill(self.pid, signal)
 
-# %% ../../nbs/tools/85_runner.ipynb #6f1c58ec
+# %% ../../nbs/tools/85_runner.ipynb #9b3fcd9c
 @contextmanager
 def _nameless():
     "Hide the script that is running: a child of multiprocessing would import it, and so run it once more."
@@ -174,7 +174,7 @@ def _nameless():
     try: yield
     finally: sys.modules["__main__"] = script
 
-# %% ../../nbs/tools/85_runner.ipynb #c7da1c5a
+# %% ../../nbs/tools/85_runner.ipynb #8d639d8a
 class Forked(LocalProvisioner):
     "Starts a kernel as a copy of a process that has imported the libraries."
     async def launch_kernel(self, cmd, **kwargs):
@@ -248,7 +248,7 @@ def failure(
     else: reason = f"its kernel, {sys.executable} -m ipykernel, did not start ({first_line(e)})"
     return f"{page_name(path)} stopped: {reason}"
 
-# %% ../../nbs/tools/85_runner.ipynb #0b8fed71
+# %% ../../nbs/tools/85_runner.ipynb #640ceade
 _running = set()                            # clients whose kernels may have to be killed
 
 def kill_kernels():
@@ -256,7 +256,7 @@ def kill_kernels():
     for client in list(_running):
         if client.km and client.km.has_kernel and client.km.provisioner.process: client.km.provisioner.process.kill()
 
-# %% ../../nbs/tools/85_runner.ipynb #76bb9f67
+# %% ../../nbs/tools/85_runner.ipynb #cd356614
 def stop(
     jobs:list, # futures that run notebooks
 ):
@@ -277,7 +277,7 @@ def interruptible(
             stop([job])
             raise
 
-# %% ../../nbs/tools/85_runner.ipynb #904fa5b7
+# %% ../../nbs/tools/85_runner.ipynb #82456a20
 def up_to(
     nb:nbformat.NotebookNode, # loses its later cells
     pattern:str, # a regular expression: the last cell in which it is found is the last to stay
@@ -286,7 +286,7 @@ def up_to(
     last = max((i for i,c in enumerate(nb.cells) if re.search(pattern, c.source)), default=len(nb.cells))
     del nb.cells[last + 1:]
 
-# %% ../../nbs/tools/85_runner.ipynb #4f75bfe2
+# %% ../../nbs/tools/85_runner.ipynb #7c493111
 def peak_memory(
     manager, # of a kernel that is still there
 ) -> int: # bytes; 0 where Linux' files about processes are missing
@@ -377,7 +377,7 @@ def results_folder(
     except ValueError: raise SparseCodingError(f"{file} is damaged: delete it, and run this again.") from None
     return out
 
-# %% ../../nbs/tools/85_runner.ipynb #fa6b10d1
+# %% ../../nbs/tools/85_runner.ipynb #f11a80a8
 def run_all(
     todo:list, # things to run, in order
     run:Callable, # takes one of them
@@ -385,6 +385,9 @@ def run_all(
     jobs:int, # how many at a time
 ):
     "Run things side by side; at the first that fails, the others are stopped."
+    if jobs == 1:
+        for one in todo: ended(one, run(one))
+        return
     with ThreadPoolExecutor(jobs) as pool:
         started = {pool.submit(run, one): one for one in todo}
         try:
