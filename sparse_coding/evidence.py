@@ -42,7 +42,7 @@ def fragments(
     model:LanguageModel, # its tokenizer cuts the text
 ) -> Rows: # in an order that is random already
     "Held-out text in fragments of 64 tokens (appendix A, step 1)."
-    return load_rows(p.corpus, model, "heldout", p.n_fragments*FRAGMENT, FRAGMENT, seed=p.seed)
+    return load_rows(p.corpus, model, "heldout", p.n_fragments*FRAGMENT, FRAGMENT, seed=p.text_seed)
 
 # %% ../nbs/foundation/17_evidence.ipynb #c16ea2ab
 class FragmentStore(ActivationStore):

@@ -70,6 +70,7 @@ class Source:
     row_len: Annotated[int, Ge(2)] = 256 # tokens per row
     n_tokens: Count = 49_152 # training tokens harvested
     n_heldout: Count = 6_144 # held-out tokens
+    text_seed: Seed = 0 # which documents are held out, and the order of the rows; `seed` leaves the text alone
     n_fragments: Count = 192 # held-out fragments of 64 tokens for interpretation, at most
     drop_first: bool = True # leave out position 0, whose norm can be a hundred times the others'
     max_norm: Annotated[float, Ge(1)]|None = 10. # leave out rows with more than this many times the median norm
@@ -116,6 +117,7 @@ def site(self:Preset) -> Site:
     "The residual stream of the layer that single-layer figures show."
     return Site(self.layer)
 
+# %% ../nbs/foundation/00_presets.ipynb #a4ab27ef
 @patch(as_prop=True)
 def sites(self:Preset) -> list[Site]: # each once, `site` first
     "Residual streams and MLPs that get dictionaries: their activations are harvested in one pass."

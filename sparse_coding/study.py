@@ -74,7 +74,7 @@ def stores(
     "The activations a preset trains and tests on, from different documents."
     sites = sites or p.sites
     def store(split, n):
-        rows = load_rows(p.corpus, model, split, n, p.row_len, seed=p.seed)
+        rows = load_rows(p.corpus, model, split, n, p.row_len, seed=p.text_seed)
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
     return store("train", p.n_tokens), store("heldout", p.n_heldout)
 

@@ -281,7 +281,7 @@ def energy_shares(
 ) -> dict[str, list[float]]: # per layer: energy at position 0, in all dropped rows; share of rows dropped
     "How much of the residual stream's energy lies in few rows, at every layer."
     def compute(folder):
-        rows = load_rows(p.corpus, model, "heldout", p.n_heldout, p.row_len, seed=p.seed)
+        rows = load_rows(p.corpus, model, "heldout", p.n_heldout, p.row_len, seed=p.text_seed)
         tokens = torch.from_numpy(np.asarray(rows.tokens[:n_rows]).astype(np.int64))
         acts = [model.run_to(t, [Site(l) for l in range(model.n_layers)]) for t in tokens.split(2)]
         norms = [torch.cat([x[s].float().norm(dim=-1).cpu() for x in acts]).double() for s in acts[0]]

@@ -439,7 +439,7 @@ def intervene(
 # %% ../../nbs/paper2/42_long_prefix.ipynb #b5d535e7
 def _kept_changes(p, model, heads, rows, most):
     "As `intervene`, by name, read from the cache or computed now."
-    text = load_rows(p.corpus, model, "heldout", rows*p.attn_row_len, p.attn_row_len, bos=True, seed=p.seed)
+    text = load_rows(p.corpus, model, "heldout", rows*p.attn_row_len, p.attn_row_len, bos=True, seed=p.text_seed)
     def compute(folder): save_file(_changes(p, model, text.tokens, heads, most), folder/"intervention.safetensors")
     config = dict(model=model.fingerprint, rows=text.fingerprint, heads=heads, most=most, seed=p.seed)
     code = attending, first_long, shortened, disturbed, weights_at

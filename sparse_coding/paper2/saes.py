@@ -105,7 +105,7 @@ def attention_stores(
     p = paper_two(p)
     sites = [Site(l, "attn_z") for l in p.attn_layers]
     def store(split, n):
-        rows = load_rows(p.corpus, model, split, n, p.row_len, bos=True, seed=p.seed)
+        rows = load_rows(p.corpus, model, split, n, p.row_len, bos=True, seed=p.text_seed)
         return load_store(model, rows, sites, dtype=p.dtype, drop_first=p.drop_first, max_norm=p.max_norm)
     return store("train", p.n_tokens), store("heldout", p.n_heldout)
 

@@ -135,7 +135,7 @@ def bench_harvest(
     model, site = load_model(p.model, fold=p.fold), Site(p.layer if layer is None else layer)
     found = []
     for row_len in rows:
-        text = load_rows(p.corpus, model, "train", n_tokens, row_len, seed=p.seed)
+        text = load_rows(p.corpus, model, "train", n_tokens, row_len, seed=p.text_seed)
         found += [row | {"rounds": rounds, "matmul": best_matmul()} for row in time_harvest(model, text, site, rounds)]
     return found
 
@@ -175,7 +175,7 @@ def bench_fragments(
 ) -> list[dict]: # one per way: fragments per second, and the time of the first as a multiple
     "What collecting evidence for every feature adds to the model's own forward pass, side by side in one run."
     model, site = load_model(p.model, fold=p.fold), p.site
-    text = load_rows(p.corpus, model, "train", n_fragments*FRAGMENT, FRAGMENT, seed=p.seed)
+    text = load_rows(p.corpus, model, "train", n_fragments*FRAGMENT, FRAGMENT, seed=p.text_seed)
     placed = as_sparse(Placed(model, TiedSAE(model.d_in(site), ratio*model.d_in(site)), site=site), text.tokens[:16])
     seconds = interleave_times(evidence_ways(placed, torch.tensor(text.tokens).long()), rounds)
     bare = seconds["model up to the layer"]

@@ -48,7 +48,7 @@ def seconds(
     if 0 < n < float("inf"): return n
     raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
 
-# %% ../../nbs/tools/90_command_line.ipynb #5ab5ec4b
+# %% ../../nbs/tools/90_command_line.ipynb #845dd331
 def count(
     text:str, # of an argument
 ) -> int: # above 0
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", required=True, metavar="command")
     add = lambda name, text, *parents: sub.add_parser(name, help=text, description=text, parents=parents)
     ask = add("estimate", "Time, disk and memory that a run would take.", preset_arguments(), choice_arguments())
-    ask.add_argument("--record", type=Path, metavar="RUN", help="take what this run took, from an empty cache, as known")
+    ask.add_argument("--record", type=Path, metavar="RUN", help="learn from this run, which began with an empty cache")
     run = add("reproduce", "Run the notebooks and collect figures and claims.", preset_arguments(), choice_arguments())
     run.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default out/PRESET)")
     run.add_argument("--in-place", action="store_true", help="write outputs into nbs/ (for committing; needs nbdev)")

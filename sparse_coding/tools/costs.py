@@ -7,7 +7,7 @@ __all__ = ['NEEDS_TWO', 'HARVESTING', 'TRAINING', 'page_name', 'check_pages', 'c
            'size_of', 'record_costs', 'product_seconds', 'recorded', 'groups_of', 'measured', 'estimate',
            'estimate_line']
 
-# %% ../../nbs/tools/84_costs.ipynb #a114717b
+# %% ../../nbs/tools/84_costs.ipynb #293d655b
 import shutil, time
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def check_sizes(
         raise SparseCodingError(f"attn_k = {p.attn_k} is more than the {widest} features of a dictionary with "
                                 f"attn_ratio = {p.attn_ratio}: choose a smaller k.")
 
-# %% ../../nbs/tools/84_costs.ipynb #fd5d45b9
+# %% ../../nbs/tools/84_costs.ipynb #14c24116
 def made_and_used(
     note:Path, # what one page asked the cache for: lines "kind/key seconds"
 ) -> dict: # makes: key -> [seconds, bytes]; uses: all keys
@@ -75,14 +75,14 @@ def made_and_used(
     return {"makes": {key: [s, size_of(cache_dir()/key)] for key, s in made.items()},
             "uses": sorted({key for key, _ in lines})}
 
-# %% ../../nbs/tools/84_costs.ipynb #b0829406
+# %% ../../nbs/tools/84_costs.ipynb #679dea9f
 def size_of(
     folder:Path, # or a file
 ) -> int: # bytes
     "The size of what is under a folder."
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
-# %% ../../nbs/tools/84_costs.ipynb #9ba509fe
+# %% ../../nbs/tools/84_costs.ipynb #bbdbabd4
 def record_costs(
     out:Path, # folder of a run that began with an empty cache
     file:Path, # receives them
@@ -98,7 +98,7 @@ def record_costs(
     everything = read_json(file) if file.exists() else {}
     write_json(file, everything | {name: {"product": product_seconds(), "pages": pages}})
 
-# %% ../../nbs/tools/84_costs.ipynb #b01a568e
+# %% ../../nbs/tools/84_costs.ipynb #018cd50c
 def product_seconds(
     budget:float=.5, # seconds to spend
 ) -> float: # seconds per product
@@ -110,7 +110,7 @@ def product_seconds(
     while (spent := time.perf_counter() - start) < budget: multiply(); n += 1
     return spent/n
 
-# %% ../../nbs/tools/84_costs.ipynb #7a2d2537
+# %% ../../nbs/tools/84_costs.ipynb #8ea6663c
 def recorded(
     record:dict, # from `record_costs`, of one preset
     names:list[str], # pages
@@ -141,7 +141,7 @@ def groups_of(
         found.append((q, [attention_recipes(q)[f"layer {l}"] for l in q.attn_layers]))
     return found
 
-# %% ../../nbs/tools/84_costs.ipynb #5192d6ef
+# %% ../../nbs/tools/84_costs.ipynb #3f7fcc33
 def measured(
     p:Preset, # in force
     paths:list[Path], # the notebooks that would run
@@ -151,7 +151,7 @@ def measured(
     from sparse_coding.corpora import check_corpus
     from sparse_coding.models import load_model
     from sparse_coding.trainer import estimate_training
-    check_corpus(p.corpus, p.seed)
+    check_corpus(p.corpus, p.text_seed)
     model = load_model(p.model, fold=p.fold)
     check_layers(p, model)
     check_sizes(p, model)
@@ -166,7 +166,7 @@ def measured(
             "disk": int(sum(h["bytes"] for h in harvests) + weights + trained),
             "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
-# %% ../../nbs/tools/84_costs.ipynb #ca3a8793
+# %% ../../nbs/tools/84_costs.ipynb #223734f1
 HARVESTING, TRAINING = ("activations", "rows"), ("dictionaries", "attention_dictionaries")       # kinds in the cache
 
 def estimate(

@@ -6,13 +6,15 @@
 __all__ = ['FOLDERS', 'WENT', 'BENCHES', 'PRELUDE', 'PRELOAD', 'PATIENT', 'BIRTH', 'notebooks', 'first_line', 'read_page',
            'code_of', 'fits', 'saves', 'saved', 'choose', 'forks', 'Forked', 'ThisInterpreter', 'Runner',
            'NotebookFailed', 'failed_check', 'failure', 'kill_kernels', 'stop', 'interruptible', 'up_to', 'peak_memory',
-           'execute', 'done_key', 'environment', 'ledger_of', 'results_folder', 'run_all', 'reproduce']
+           'execute', 'done_key', 'environment', 'ledger_of', 'results_folder', 'run_all', 'to_do', 'run_page',
+           'reproduce']
 
 # %% ../../nbs/tools/85_runner.ipynb #69127dcb
 import atexit, hashlib, json, logging, multiprocessing, os, re, shutil, subprocess, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from ..presets import PRESETS, Preset, SparseCodingError
 from ..runs import cache_dir, read_json, repository, write_json
-from ..ledger import claims_table, report, tally
+from ..ledger import claims_table, of_seed, report, tally
 from .costs import page_name
 
 # %% ../../nbs/tools/85_runner.ipynb #9d133451
@@ -91,14 +93,14 @@ def fits(
     beginning = wanted if "/" in wanted else f"{folder}/{wanted}"
     return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(beginning)
 
-# %% ../../nbs/tools/85_runner.ipynb #9b1014b3
+# %% ../../nbs/tools/85_runner.ipynb #45f3926b
 def saves(
     figure:str, # a figure of the paper: "6"
 ) -> str: # a regular expression
     "What a cell that saves this figure, or a part of it, has in it."
     return rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)'
 
-# %% ../../nbs/tools/85_runner.ipynb #d8e8c4e3
+# %% ../../nbs/tools/85_runner.ipynb #2a05dc87
 def saved(
     folder:Path, # of a run's figures
     figure:str, # of the paper: "6"
@@ -126,10 +128,10 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #d8ed6c89
+# %% ../../nbs/tools/85_runner.ipynb #b8be1afb
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
-# %% ../../nbs/tools/85_runner.ipynb #99d0a6e8
+# %% ../../nbs/tools/85_runner.ipynb #dff478ce
 PRELOAD = ("torch.testing", "transformers.models.llama.modeling_llama", "safetensors.torch", "scipy.stats", "numba",
            "sklearn.decomposition", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "fastcore.test",
            "jaxtyping", "ipykernel.kernelapp")
@@ -143,7 +145,7 @@ def forks(): # a context of multiprocessing
     context.set_forkserver_preload(list(PRELOAD))
     return context
 
-# %% ../../nbs/tools/85_runner.ipynb #b29907aa
+# %% ../../nbs/tools/85_runner.ipynb #9568ff51
 BIRTH = """
 import multiprocessing, os, runpy, sys, threading
 os.setsid()
@@ -156,7 +158,7 @@ sys.argv = ["ipykernel_launcher", *words, f"--IPKernelApp.parent_handle={os.getp
 runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """
 
-# %% ../../nbs/tools/85_runner.ipynb #400ad2b4
+# %% ../../nbs/tools/85_runner.ipynb #d4964a82
 class _Process:
     "A forked process, spoken to as `subprocess.Popen` is."
     stdin = stdout = stderr = None
@@ -166,7 +168,7 @@ class _Process:
     def wait(self): self.process.join(); return self.process.exitcode
     def send_signal(self, signal): os.kill(self.pid, signal)
 
-# %% ../../nbs/tools/85_runner.ipynb #9b3fcd9c
+# %% ../../nbs/tools/85_runner.ipynb #365faf66
 @contextmanager
 def _nameless():
     "Hide the script that is running: a child of multiprocessing would import it, and so run it once more."
@@ -174,7 +176,7 @@ def _nameless():
     try: yield
     finally: sys.modules["__main__"] = script
 
-# %% ../../nbs/tools/85_runner.ipynb #8d639d8a
+# %% ../../nbs/tools/85_runner.ipynb #62b22ba0
 class Forked(LocalProvisioner):
     "Starts a kernel as a copy of a process that has imported the libraries."
     async def launch_kernel(self, cmd, **kwargs):
@@ -248,7 +250,7 @@ def failure(
     else: reason = f"its kernel, {sys.executable} -m ipykernel, did not start ({first_line(e)})"
     return f"{page_name(path)} stopped: {reason}"
 
-# %% ../../nbs/tools/85_runner.ipynb #640ceade
+# %% ../../nbs/tools/85_runner.ipynb #0119c822
 _running = set()                            # clients whose kernels may have to be killed
 
 def kill_kernels():
@@ -256,7 +258,7 @@ def kill_kernels():
     for client in list(_running):
         if client.km and client.km.has_kernel and client.km.provisioner.process: client.km.provisioner.process.kill()
 
-# %% ../../nbs/tools/85_runner.ipynb #cd356614
+# %% ../../nbs/tools/85_runner.ipynb #d9126a54
 def stop(
     jobs:list, # futures that run notebooks
 ):
@@ -277,7 +279,7 @@ def interruptible(
             stop([job])
             raise
 
-# %% ../../nbs/tools/85_runner.ipynb #82456a20
+# %% ../../nbs/tools/85_runner.ipynb #682e691b
 def up_to(
     nb:nbformat.NotebookNode, # loses its later cells
     pattern:str, # a regular expression: the last cell in which it is found is the last to stay
@@ -286,7 +288,7 @@ def up_to(
     last = max((i for i,c in enumerate(nb.cells) if re.search(pattern, c.source)), default=len(nb.cells))
     del nb.cells[last + 1:]
 
-# %% ../../nbs/tools/85_runner.ipynb #7c493111
+# %% ../../nbs/tools/85_runner.ipynb #d8ab5b81
 def peak_memory(
     manager, # of a kernel that is still there
 ) -> int: # bytes; 0 where Linux' files about processes are missing
@@ -309,14 +311,12 @@ def execute(
     if until: up_to(nb, until)
     bar = tqdm(total=len(nb.cells), desc=f"{page_name(path):<27}", unit="cell", leave=True,
                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}", disable=quiet)
-    def after_cell(): bar.update(); nb.metadata["memory"] = peak_memory(client.km)
-    env = {**os.environ, **(env or {})}
+    def after_cell(cell, cell_index): bar.update(); nb.metadata["memory"] = peak_memory(client.km)
     client = Runner(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                    extra_arguments=["--log-level=ERROR"],
-                    on_cell_complete=lambda cell, cell_index: after_cell())
+                    extra_arguments=["--log-level=ERROR"], on_cell_complete=after_cell)
     client.shows = not quiet
     _running.add(client)
-    try: interruptible(lambda: client.execute(env=env))
+    try: interruptible(lambda: client.execute(env={**os.environ, **(env or {})}))
     except (CellExecutionError, CellTimeoutError, RuntimeError, OSError) as e:
         raise NotebookFailed(failure(path, e, nb)) from e
     finally:
@@ -358,7 +358,7 @@ def ledger_of(
     in_place:bool=False, # the committed ledger instead of the run's own
 ) -> Path:
     "The claims file of a run."
-    return repository()/"nbs"/"claims"/f"{p.name}.json" if in_place else Path(out)/"claims.json"
+    return of_seed(repository()/"nbs"/"claims"/f"{p.name}.json" if in_place else Path(out)/"claims.json", p.seed)
 
 # %% ../../nbs/tools/85_runner.ipynb #1d2dc875
 def results_folder(
@@ -377,7 +377,7 @@ def results_folder(
     except ValueError: raise SparseCodingError(f"{file} is damaged: delete it, and run this again.") from None
     return out
 
-# %% ../../nbs/tools/85_runner.ipynb #f11a80a8
+# %% ../../nbs/tools/85_runner.ipynb #0179bce4
 def run_all(
     todo:list, # things to run, in order
     run:Callable, # takes one of them
@@ -397,6 +397,38 @@ def run_all(
             stop(started)
             raise
 
+# %% ../../nbs/tools/85_runner.ipynb #38eaee6a
+def to_do(
+    p:Preset, # in force
+    paths:list[Path], # notebooks, in order
+    out:Path, # folder of the run
+    done:dict, # what its done.json says
+    until:str=None, # as for `execute`
+) -> list[Path]: # those that have to run; of the others it is said that they are done
+    "What is left of a run."
+    todo = []
+    for path in paths:
+        name, before = page_name(path), done.get(page_name(path), {})
+        there = (out/"notebooks"/f"{name}.ipynb").exists() and before.get("key") == done_key(path, p, until)
+        if there: print(f"{name:<27} done before, {before['seconds']:.0f} s")
+        else: todo.append(path)
+    return todo
+
+# %% ../../nbs/tools/85_runner.ipynb #ee072119
+def run_page(
+    p:Preset, # in force
+    path:Path, # a notebook
+    out:Path, # folder of the run
+    ledger:Path, # the claims file
+    **how, # timeout, until and quiet of `execute`
+) -> float: # seconds it took
+    "Run one notebook of a run, and note what it asks the cache for (see 84_costs)."
+    note = out/"used"/f"{page_name(path)}.txt"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)
+    env = environment(p, out, ledger) | {"SPARSE_CODING_USED": str(note)}
+    return execute(path, out/"notebooks"/f"{page_name(path)}.ipynb", env, **how)
+
 # %% ../../nbs/tools/85_runner.ipynb #b1c21c12
 def reproduce(
     p:Preset, # in force
@@ -408,27 +440,20 @@ def reproduce(
     jobs:int=1, # pages side by side
 ) -> Path: # out
     "Run the notebooks; what is done is skipped. Raises `SparseCodingError` at the first that fails."
-    out = results_folder(out)
-    ledger, until = ledger_of(p, out, in_place), saves(figure) if figure and not in_place else None
-    done, todo = read_json(out/"done.json") if (out/"done.json").exists() else {}, []
-    for path in paths:
-        before, copy = done.get(page_name(path), {}), out/"notebooks"/f"{page_name(path)}.ipynb"
-        if in_place or not copy.exists() or before.get("key") != done_key(path, p, until): todo.append(path)
-        else: print(f"{page_name(path):<27} done before, {before['seconds']:.0f} s")
-    def run(path):
-        note = out/"used"/f"{page_name(path)}.txt"              # what the page asks the cache for, see 84_costs
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
-        env, copy = environment(p, out, ledger), out/"notebooks"/f"{page_name(path)}.ipynb"
-        return execute(path, copy, env | {"SPARSE_CODING_USED": str(note)}, timeout, until, quiet=jobs > 1)
+    top = results_folder(out)
+    out = results_folder(top/f"seed{p.seed}") if p.seed else top                          # copies of pages, and figures
+    ledger, until = ledger_of(p, top, in_place), saves(figure) if figure and not in_place else None
+    done = read_json(out/"done.json") if (out/"done.json").exists() else {}
+    todo = paths if in_place else to_do(p, paths, out, done, until)
     bar = tqdm(total=len(todo), unit="page", disable=jobs == 1)
+    def run(path): return run_page(p, path, out, ledger, timeout=timeout, until=until, quiet=jobs > 1)
     def ended(path, took):
         done[page_name(path)] = {"key": done_key(path, p, until), "seconds": round(took, 1)}
         write_json(out/"done.json", done)
-        if in_place: shutil.copy(out/"notebooks"/f"{page_name(path)}.ipynb", path)
+        if in_place and not p.seed: shutil.copy(out/"notebooks"/f"{page_name(path)}.ipynb", path)
         if jobs > 1: bar.write(f"{page_name(path):<27} {took:6.0f} s"); bar.update()
     with bar: interruptible(lambda: run_all(todo, run, ended, jobs))
-    rows = report(ledger)
-    (out/"claims.md").write_text(tally(rows) + "\n\n" + claims_table(rows), encoding="utf-8")
+    rows = report(ledger_of(replace(p, seed=0), top, in_place))
+    (top/"claims.md").write_text(tally(rows) + "\n\n" + claims_table(rows), encoding="utf-8")
     if in_place: subprocess.run(["nbdev_clean", "--fname", str(repository()/"nbs")], check=True)
-    return out
+    return top
