@@ -206,6 +206,7 @@ def to_search(
     p:Preset, # model, layer and dictionary
     n_pairs:int, # of sentences
     which:tuple=("SAE", "PCA"), # decompositions
+    most:int|None=None, # features that are searched, those with the strongest gradient; all that differ if None
 ) -> Iterator[tuple[str, Patching]]: # by name
     "The cases whose search is timed."
     model = load_model(p.model, fold=p.fold)
@@ -213,7 +214,9 @@ def to_search(
     for name in which:
         if name == "PCA": sae = baseline(p, model, p.site, "pca")
         else: sae = dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))
-        yield name, Patching(Placed(model, sae), pairs)
+        case = Patching(Placed(model, sae), pairs)
+        if most: case.live = sorted(attribution(case, (1.,)).abs().argsort(descending=True)[:most].tolist())
+        yield name, case
 
 # %% ../../nbs/tools/80_bench.ipynb #4c4f37e4
 def bench_acdc(
@@ -221,10 +224,11 @@ def bench_acdc(
     n_pairs:int=50, # of sentences
     sample:int=5, # visits timed the plain way
     tau:float=1e-3, # threshold
+    most:int|None=None, # features that are searched
 ) -> list[dict]: # per decomposition: seconds per visit, and how much faster the first sweep over all features is
     "ACDC's first sweep against one full forward pass per visit, in one run, with the decisions compared."
     rounds, found = 2, []
-    for name,case in to_search(p, n_pairs):
+    for name,case in to_search(p, n_pairs, most=most):
         todo, rise = visits(case.live, p.seed, 0), dict(enumerate((-attribution(case, (1.,))).tolist()))
         with torch.inference_mode():
             plain = interleave_times({"plain": lambda: plain_visits(case, todo[:sample], tau)}, rounds)["plain"]
@@ -244,10 +248,11 @@ def bench_search(
     n_pairs:int=50, # of sentences
     thresholds:int=20, # from 1e-5 to 1 nat
     which:tuple=("SAE", "PCA"), # decompositions
+    most:int|None=None, # features that are searched
 ) -> list[dict]: # per decomposition: seconds of a whole search, and how fast the machine's product is
     "ACDC over all thresholds, as Figure 3 needs it."
     found, product = [], 2*1024*576*1152/probe_matmul()[best_matmul()][0]
-    for name,case in to_search(p, n_pairs, which):
+    for name,case in to_search(p, n_pairs, which, most):
         start = time.perf_counter()
         acdc(case, np.logspace(-5, 0, thresholds), p.seed)
         found.append({"decomposition": name, "layer": case.layer, "features": case.sae.d_sae,
