@@ -216,7 +216,7 @@ def test_a_trial_measures_what_it_trained(tiny):
     mean = torch.cat([x for x in kept.read(site, 0, kept.n)[kept.keep(site)].split(100)]).mean(0)
     torch.testing.assert_close(mean_activation(kept, site), mean, rtol=1e-4, atol=1e-4)
     sae, scale = TiedSAE(32, 64), (kept.mean_square(site) - float(mean @ mean))**-.5
-    engine = Engine([sae], [.01])
+    engine = Engine([sae], [.01], lr=p.lr)
     for x in batches(kept, site, 128, 0, 0, 30): engine.step((x - mean)*scale)
     x = with_rule(heldout).read(site, 0, 1024)[with_rule(heldout).keep(site)]
     again = evaluate(sae.scaled(scale), [x - mean])

@@ -65,7 +65,7 @@ def small(tmp_path_factory):
     (dict(), "layer = 9: there is no layer 9, .* has layers 0 to 5. Choose others with --layers"),
     (dict(attn_layers=[3, 17]), "attn_layers = .3, 17.: there is no layer 17"), (dict(mlp_layers=[6]), "mlp_layers = .6,."),
     (dict(row_len=1024), "row_len = 1024 is longer than the context"), (dict(attn_row_len=600), "attn_row_len = 600"),
-    (dict(attn_k=200), "attn_k = 200 is more than the 128 features"), (dict(layers=[3]), "compares layers"),
+    (dict(attn_k=200), "attn_k = 200 is more than the 64 features"), (dict(layers=[3]), "compares layers"),
     (dict(alphas=[.06]), "compares alphas"), (dict(ratios=[2.]), "compares ratios"), (dict(corpus="one.txt"), "all fall into"),
     (dict(corpus="none.txt"), "does not exist"), (dict(model="none/"), "none")], ids=lambda a: str(a)[:25])
 def test_what_model_and_text_do_not_have_is_refused_before_the_start(small, monkeypatch, changes, says):

@@ -6,8 +6,8 @@
 __all__ = ['FOLDERS', 'WENT', 'BENCHES', 'PRELUDE', 'PRELOAD', 'PATIENT', 'BIRTH', 'notebooks', 'first_line', 'read_page',
            'code_of', 'fits', 'saves', 'saved', 'choose', 'forks', 'Forked', 'ThisInterpreter', 'Runner',
            'NotebookFailed', 'failed_check', 'failure', 'kill_kernels', 'stop', 'interruptible', 'up_to', 'peak_memory',
-           'execute', 'done_key', 'environment', 'ledger_of', 'results_folder', 'run_all', 'to_do', 'run_page',
-           'reproduce']
+           'execute', 'done_key', 'environment', 'ledger_of', 'results_folder', 'one_by_one', 'run_all', 'to_do',
+           'run_page', 'reproduce']
 
 # %% ../../nbs/tools/85_runner.ipynb #69127dcb
 import atexit, hashlib, json, logging, multiprocessing, os, re, shutil, subprocess, sys, time
@@ -93,14 +93,17 @@ def fits(
     beginning = wanted if "/" in wanted else f"{folder}/{wanted}"
     return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(beginning)
 
-# %% ../../nbs/tools/85_runner.ipynb #45f3926b
+# %% ../../nbs/tools/85_runner.ipynb #54140eaa
+BENCHES = "tools/80_bench", "tools/81_bench_training"      # run when they are named
+
+# %% ../../nbs/tools/85_runner.ipynb #487647a0
 def saves(
     figure:str, # a figure of the paper: "6"
 ) -> str: # a regular expression
     "What a cell that saves this figure, or a part of it, has in it."
     return rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)'
 
-# %% ../../nbs/tools/85_runner.ipynb #2a05dc87
+# %% ../../nbs/tools/85_runner.ipynb #4ce6527a
 def saved(
     folder:Path, # of a run's figures
     figure:str, # of the paper: "6"
@@ -109,8 +112,6 @@ def saved(
     return [f for f in sorted(folder.glob("*.png")) if re.search(saves(figure), f'save_figure("{f.stem}")')]
 
 # %% ../../nbs/tools/85_runner.ipynb #32f7de74
-BENCHES = "tools/80_bench", "tools/81_bench_training"
-
 def choose(
     only:str=None, # notebooks, comma separated, as `fits` reads them: "paper1/20" or "training,saes"
     figure:str=None, # a figure of the paper: "6"
@@ -128,10 +129,10 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #b8be1afb
+# %% ../../nbs/tools/85_runner.ipynb #1ddec75f
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
-# %% ../../nbs/tools/85_runner.ipynb #dff478ce
+# %% ../../nbs/tools/85_runner.ipynb #e26cda21
 PRELOAD = ("torch.testing", "transformers.models.llama.modeling_llama", "safetensors.torch", "scipy.stats", "numba",
            "sklearn.decomposition", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "fastcore.test",
            "jaxtyping", "ipykernel.kernelapp")
@@ -145,7 +146,7 @@ def forks(): # a context of multiprocessing
     context.set_forkserver_preload(list(PRELOAD))
     return context
 
-# %% ../../nbs/tools/85_runner.ipynb #9568ff51
+# %% ../../nbs/tools/85_runner.ipynb #d1940822
 BIRTH = """
 import multiprocessing, os, runpy, sys, threading
 os.setsid()
@@ -158,7 +159,7 @@ sys.argv = ["ipykernel_launcher", *words, f"--IPKernelApp.parent_handle={os.getp
 runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """
 
-# %% ../../nbs/tools/85_runner.ipynb #d4964a82
+# %% ../../nbs/tools/85_runner.ipynb #57ef5fb9
 class _Process:
     "A forked process, spoken to as `subprocess.Popen` is."
     stdin = stdout = stderr = None
@@ -168,7 +169,7 @@ class _Process:
     def wait(self): self.process.join(); return self.process.exitcode
     def send_signal(self, signal): os.kill(self.pid, signal)
 
-# %% ../../nbs/tools/85_runner.ipynb #365faf66
+# %% ../../nbs/tools/85_runner.ipynb #f0e9c3dc
 @contextmanager
 def _nameless():
     "Hide the script that is running: a child of multiprocessing would import it, and so run it once more."
@@ -176,7 +177,7 @@ def _nameless():
     try: yield
     finally: sys.modules["__main__"] = script
 
-# %% ../../nbs/tools/85_runner.ipynb #62b22ba0
+# %% ../../nbs/tools/85_runner.ipynb #b9d3bd28
 class Forked(LocalProvisioner):
     "Starts a kernel as a copy of a process that has imported the libraries."
     async def launch_kernel(self, cmd, **kwargs):
@@ -203,8 +204,7 @@ class Runner(NotebookClient):
     "Executes a notebook; its error stream is shown on the terminal, if at all, instead of stored."
     shows = True
     def process_message(self, msg, cell, cell_index):
-        content = msg["content"]
-        if msg["msg_type"] != "stream" or content["name"] != "stderr":
+        if msg["msg_type"] != "stream" or (content := msg["content"])["name"] != "stderr":
             return super().process_message(msg, cell, cell_index)
         if self.shows and sys.stderr.isatty() and (text := content["text"].strip("\r\n ")):
             sys.stderr.write(f"\r\033[K  {text.splitlines()[-1][:110]}"); sys.stderr.flush()
@@ -250,7 +250,7 @@ def failure(
     else: reason = f"its kernel, {sys.executable} -m ipykernel, did not start ({first_line(e)})"
     return f"{page_name(path)} stopped: {reason}"
 
-# %% ../../nbs/tools/85_runner.ipynb #0119c822
+# %% ../../nbs/tools/85_runner.ipynb #0a878e44
 _running = set()                            # clients whose kernels may have to be killed
 
 def kill_kernels():
@@ -258,7 +258,7 @@ def kill_kernels():
     for client in list(_running):
         if client.km and client.km.has_kernel and client.km.provisioner.process: client.km.provisioner.process.kill()
 
-# %% ../../nbs/tools/85_runner.ipynb #d9126a54
+# %% ../../nbs/tools/85_runner.ipynb #b2c81cb3
 def stop(
     jobs:list, # futures that run notebooks
 ):
@@ -279,7 +279,7 @@ def interruptible(
             stop([job])
             raise
 
-# %% ../../nbs/tools/85_runner.ipynb #682e691b
+# %% ../../nbs/tools/85_runner.ipynb #78cd20b2
 def up_to(
     nb:nbformat.NotebookNode, # loses its later cells
     pattern:str, # a regular expression: the last cell in which it is found is the last to stay
@@ -288,12 +288,12 @@ def up_to(
     last = max((i for i,c in enumerate(nb.cells) if re.search(pattern, c.source)), default=len(nb.cells))
     del nb.cells[last + 1:]
 
-# %% ../../nbs/tools/85_runner.ipynb #d8ab5b81
+# %% ../../nbs/tools/85_runner.ipynb #2d93c5b4
 def peak_memory(
     manager, # of a kernel that is still there
 ) -> int: # bytes; 0 where Linux' files about processes are missing
     "The most memory that a kernel has had at once."
-    try: text = Path(f"/proc/{manager.provisioner.pid}/status").read_text()
+    try: text = Path(f"/proc/{manager.provisioner.pid}/status").read_text(encoding="utf-8")
     except OSError: return 0
     return int(re.search(r"VmHWM:\s*(\d+) kB", text)[1])*1024
 
@@ -377,7 +377,17 @@ def results_folder(
     except ValueError: raise SparseCodingError(f"{file} is damaged: delete it, and run this again.") from None
     return out
 
-# %% ../../nbs/tools/85_runner.ipynb #0179bce4
+# %% ../../nbs/tools/85_runner.ipynb #485ce538
+def one_by_one(
+    todo:list, # things to run, in order
+    run:Callable, # takes one of them
+    ended:Callable, # takes one of them and what `run` returned
+    jobs:int=1, # as for `run_all`
+):
+    "Run things in order, up to the first that fails."
+    for one in todo: ended(one, run(one))
+
+# %% ../../nbs/tools/85_runner.ipynb #211d44a1
 def run_all(
     todo:list, # things to run, in order
     run:Callable, # takes one of them
@@ -385,9 +395,6 @@ def run_all(
     jobs:int, # how many at a time
 ):
     "Run things side by side; at the first that fails, the others are stopped."
-    if jobs == 1:
-        for one in todo: ended(one, run(one))
-        return
     with ThreadPoolExecutor(jobs) as pool:
         started = {pool.submit(run, one): one for one in todo}
         try:
@@ -397,7 +404,7 @@ def run_all(
             stop(started)
             raise
 
-# %% ../../nbs/tools/85_runner.ipynb #38eaee6a
+# %% ../../nbs/tools/85_runner.ipynb #5fd0158b
 def to_do(
     p:Preset, # in force
     paths:list[Path], # notebooks, in order
@@ -414,7 +421,7 @@ def to_do(
         else: todo.append(path)
     return todo
 
-# %% ../../nbs/tools/85_runner.ipynb #ee072119
+# %% ../../nbs/tools/85_runner.ipynb #5f401304
 def run_page(
     p:Preset, # in force
     path:Path, # a notebook
@@ -452,7 +459,7 @@ def reproduce(
         write_json(out/"done.json", done)
         if in_place and not p.seed: shutil.copy(out/"notebooks"/f"{page_name(path)}.ipynb", path)
         if jobs > 1: bar.write(f"{page_name(path):<27} {took:6.0f} s"); bar.update()
-    with bar: interruptible(lambda: run_all(todo, run, ended, jobs))
+    with bar: interruptible(lambda: (run_all if jobs > 1 else one_by_one)(todo, run, ended, jobs))
     rows = report(ledger_of(replace(p, seed=0), top, in_place))
     (top/"claims.md").write_text(tally(rows) + "\n\n" + claims_table(rows), encoding="utf-8")
     if in_place: subprocess.run(["nbdev_clean", "--fname", str(repository()/"nbs")], check=True)
