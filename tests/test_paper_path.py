@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from command import COMMAND
-from sparse_coding.tools.runner import page_name
-from test_notebooks import NOTEBOOKS
+from sparse_coding.tools.runner import choose, page_name
 from tiny import tiny_model
 
 COUNTS = dict(size="quick", n_tokens=16_384, n_heldout=8_192, ratios=[1, 2], alphas=[1e-4, 3e-4, 1e-3, 3e-3], ratio=2, alpha=3e-3, steps=60,
@@ -35,5 +34,5 @@ def test_all_notebooks_at_paper_settings(tiny_neox, tmp_path):
                "--out", str(tmp_path), *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {page_name(p) for p in (tmp_path/"notebooks").rglob("*.ipynb")} == set(map(page_name, NOTEBOOKS))
+    assert {page_name(p) for p in (tmp_path/"notebooks").rglob("*.ipynb")} == set(map(page_name, choose()))
     assert (tmp_path/"figures"/"fig6.png").exists() and "P1-recover" in (tmp_path/"claims.md").read_text()
