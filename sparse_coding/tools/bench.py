@@ -190,7 +190,7 @@ def plain_visits(
     tau:float, # threshold
 ) -> list[int]: # dropped
     "The first visits of a search with one full forward pass each."
-    model, site, kept = case.model, Site(case.layer), list(range(case.sae.d_sae))
+    model, site, kept = case.model, Site(case.layer), list(case.live)
     c = case.sae.encode(model.run_to(case.pairs.target, site)[site])
     def kl(F):
         z = model.splice(case.pairs.base, site, lambda x: x + (c - case.sae.encode(x))[..., F] @ case.f[F])
