@@ -197,8 +197,7 @@ def plain_visits(
         return float(((z := z[:, -1].double().log_softmax(-1)).exp()*(z - case.y)).sum(-1).mean())
     now = kl(kept)
     for j in todo:
-        new = kl(without := [i for i in kept if i != j])
-        if new - now < tau: kept, now = without, new
+        if (new := kl(without := [i for i in kept if i != j])) - now < tau: kept, now = without, new
     return [j for j in todo if j not in kept]
 
 # %% ../../nbs/tools/80_bench.ipynb #91bf3453
