@@ -102,7 +102,7 @@ def _unpack_embedded(folder):
 
 # %% ../nbs/foundation/06_models.ipynb #7aa218ac
 def _embedded_folder():
-    "The embedded model's folder, built on first use (about twenty seconds) and kept in the cache."
+    "The embedded model's folder, built on first use (about twelve seconds) and kept in the cache."
     return load_or_compute("models", {"name": "embedded"}, _unpack_embedded, code=(_unpack_embedded,))/"model"
 
 def _gguf_folder(gguf):

@@ -7,7 +7,7 @@ __all__ = ['NEEDS_TWO', 'HARVESTING', 'TRAINING', 'page_name', 'check_pages', 'c
            'size_of', 'record_costs', 'product_seconds', 'recorded', 'groups_of', 'measured', 'estimate',
            'estimate_line']
 
-# %% ../../nbs/tools/84_costs.ipynb #293d655b
+# %% ../../nbs/tools/84_costs.ipynb #6c1ec730
 import shutil, time
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def check_sizes(
         raise SparseCodingError(f"attn_k = {p.attn_k} is more than the {widest} features of a dictionary with "
                                 f"attn_ratio = {p.attn_ratio}: choose a smaller k.")
 
-# %% ../../nbs/tools/84_costs.ipynb #14c24116
+# %% ../../nbs/tools/84_costs.ipynb #cff70439
 def made_and_used(
     note:Path, # what one page asked the cache for: lines "kind/key seconds"
 ) -> dict: # makes: key -> [seconds, bytes]; uses: all keys
@@ -75,14 +75,14 @@ def made_and_used(
     return {"makes": {key: [s, size_of(cache_dir()/key)] for key, s in made.items()},
             "uses": sorted({key for key, _ in lines})}
 
-# %% ../../nbs/tools/84_costs.ipynb #679dea9f
+# %% ../../nbs/tools/84_costs.ipynb #973eb6d5
 def size_of(
     folder:Path, # or a file
 ) -> int: # bytes
     "The size of what is under a folder."
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
-# %% ../../nbs/tools/84_costs.ipynb #bbdbabd4
+# %% ../../nbs/tools/84_costs.ipynb #0c3248ff
 def record_costs(
     out:Path, # folder of a run that began with an empty cache
     file:Path, # receives them
@@ -98,7 +98,7 @@ def record_costs(
     everything = read_json(file) if file.exists() else {}
     write_json(file, everything | {name: {"product": product_seconds(), "pages": pages}})
 
-# %% ../../nbs/tools/84_costs.ipynb #018cd50c
+# %% ../../nbs/tools/84_costs.ipynb #c08e1f23
 def product_seconds(
     budget:float=.5, # seconds to spend
 ) -> float: # seconds per product
@@ -110,7 +110,7 @@ def product_seconds(
     while (spent := time.perf_counter() - start) < budget: multiply(); n += 1
     return spent/n
 
-# %% ../../nbs/tools/84_costs.ipynb #8ea6663c
+# %% ../../nbs/tools/84_costs.ipynb #911b0eee
 def recorded(
     record:dict, # from `record_costs`, of one preset
     names:list[str], # pages
@@ -141,7 +141,7 @@ def groups_of(
         found.append((q, [attention_recipes(q)[f"layer {l}"] for l in q.attn_layers]))
     return found
 
-# %% ../../nbs/tools/84_costs.ipynb #3f7fcc33
+# %% ../../nbs/tools/84_costs.ipynb #a09ad13e
 def measured(
     p:Preset, # in force
     paths:list[Path], # the notebooks that would run
@@ -166,7 +166,7 @@ def measured(
             "disk": int(sum(h["bytes"] for h in harvests) + weights + trained),
             "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
-# %% ../../nbs/tools/84_costs.ipynb #223734f1
+# %% ../../nbs/tools/84_costs.ipynb #52308737
 HARVESTING, TRAINING = ("activations", "rows"), ("dictionaries", "attention_dictionaries")       # kinds in the cache
 
 def estimate(

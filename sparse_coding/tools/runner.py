@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['FOLDERS', 'WENT', 'BENCHES', 'PRELUDE', 'PRELOAD', 'PATIENT', 'BIRTH', 'notebooks', 'first_line', 'read_page',
            'code_of', 'fits', 'saves', 'saved', 'choose', 'forks', 'Forked', 'ThisInterpreter', 'Runner',
-           'NotebookFailed', 'failed_check', 'failure', 'kill_kernels', 'stop', 'interruptible', 'up_to', 'peak_memory',
-           'execute', 'done_key', 'environment', 'ledger_of', 'results_folder', 'one_by_one', 'run_all', 'to_do',
-           'run_page', 'reproduce']
+           'NotebookFailed', 'failed_check', 'failure', 'interruptible', 'up_to', 'peak_memory', 'execute', 'done_key',
+           'environment', 'ledger_of', 'results_folder', 'to_do', 'run_page', 'reproduce']
 
 # %% ../../nbs/tools/85_runner.ipynb #69127dcb
 import atexit, hashlib, json, logging, multiprocessing, os, re, shutil, subprocess, sys, time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -93,17 +91,17 @@ def fits(
     beginning = wanted if "/" in wanted else f"{folder}/{wanted}"
     return wanted in (folder, stem[3:]) or f"{folder}/{stem}".startswith(beginning)
 
-# %% ../../nbs/tools/85_runner.ipynb #54140eaa
+# %% ../../nbs/tools/85_runner.ipynb #e3c419e4
 BENCHES = "tools/80_bench", "tools/81_bench_training"      # run when they are named
 
-# %% ../../nbs/tools/85_runner.ipynb #487647a0
+# %% ../../nbs/tools/85_runner.ipynb #5697d1bf
 def saves(
     figure:str, # a figure of the paper: "6"
 ) -> str: # a regular expression
     "What a cell that saves this figure, or a part of it, has in it."
     return rf'save_figure\(.*"fig(\d+_)?{re.escape(figure)}(_\w+)?"\)'
 
-# %% ../../nbs/tools/85_runner.ipynb #4ce6527a
+# %% ../../nbs/tools/85_runner.ipynb #f077f7de
 def saved(
     folder:Path, # of a run's figures
     figure:str, # of the paper: "6"
@@ -129,10 +127,10 @@ def choose(
         if not paths: raise SparseCodingError(f"No notebook makes figure {figure} of the first paper.")
     return paths
 
-# %% ../../nbs/tools/85_runner.ipynb #1ddec75f
+# %% ../../nbs/tools/85_runner.ipynb #89d9a524
 PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # text bars, which a terminal can show
 
-# %% ../../nbs/tools/85_runner.ipynb #e26cda21
+# %% ../../nbs/tools/85_runner.ipynb #76170650
 PRELOAD = ("torch.testing", "transformers.models.llama.modeling_llama", "safetensors.torch", "scipy.stats", "numba",
            "sklearn.decomposition", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "fastcore.test",
            "jaxtyping", "ipykernel.kernelapp")
@@ -146,7 +144,7 @@ def forks(): # a context of multiprocessing
     context.set_forkserver_preload(list(PRELOAD))
     return context
 
-# %% ../../nbs/tools/85_runner.ipynb #d1940822
+# %% ../../nbs/tools/85_runner.ipynb #08be2cd4
 BIRTH = """
 import multiprocessing, os, runpy, sys, threading
 os.setsid()
@@ -159,7 +157,7 @@ sys.argv = ["ipykernel_launcher", *words, f"--IPKernelApp.parent_handle={os.getp
 runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
 """
 
-# %% ../../nbs/tools/85_runner.ipynb #57ef5fb9
+# %% ../../nbs/tools/85_runner.ipynb #61ca6fe8
 class _Process:
     "A forked process, spoken to as `subprocess.Popen` is."
     stdin = stdout = stderr = None
@@ -169,7 +167,7 @@ class _Process:
     def wait(self): self.process.join(); return self.process.exitcode
     def send_signal(self, signal): os.kill(self.pid, signal)
 
-# %% ../../nbs/tools/85_runner.ipynb #f0e9c3dc
+# %% ../../nbs/tools/85_runner.ipynb #3d9f86c6
 @contextmanager
 def _nameless():
     "Hide the script that is running: a child of multiprocessing would import it, and so run it once more."
@@ -177,7 +175,7 @@ def _nameless():
     try: yield
     finally: sys.modules["__main__"] = script
 
-# %% ../../nbs/tools/85_runner.ipynb #b9d3bd28
+# %% ../../nbs/tools/85_runner.ipynb #08d0268e
 class Forked(LocalProvisioner):
     "Starts a kernel as a copy of a process that has imported the libraries."
     async def launch_kernel(self, cmd, **kwargs):
@@ -201,12 +199,11 @@ KernelProvisionerFactory.instance().provisioners["sparse_coding"] = EntryPoint(
 
 # %% ../../nbs/tools/85_runner.ipynb #a465416b
 class Runner(NotebookClient):
-    "Executes a notebook; its error stream is shown on the terminal, if at all, instead of stored."
-    shows = True
+    "Executes a notebook; its error stream is shown on the terminal instead of stored."
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] != "stream" or (content := msg["content"])["name"] != "stderr":
             return super().process_message(msg, cell, cell_index)
-        if self.shows and sys.stderr.isatty() and (text := content["text"].strip("\r\n ")):
+        if sys.stderr.isatty() and (text := content["text"].strip("\r\n ")):
             sys.stderr.write(f"\r\033[K  {text.splitlines()[-1][:110]}"); sys.stderr.flush()
 
     def create_kernel_manager(self):
@@ -250,36 +247,23 @@ def failure(
     else: reason = f"its kernel, {sys.executable} -m ipykernel, did not start ({first_line(e)})"
     return f"{page_name(path)} stopped: {reason}"
 
-# %% ../../nbs/tools/85_runner.ipynb #0a878e44
-_running = set()                            # clients whose kernels may have to be killed
-
-def kill_kernels():
-    "End every kernel that is running, without asking it."
-    for client in list(_running):
-        if client.km and client.km.has_kernel and client.km.provisioner.process: client.km.provisioner.process.kill()
-
-# %% ../../nbs/tools/85_runner.ipynb #b2c81cb3
-def stop(
-    jobs:list, # futures that run notebooks
-):
-    "Kill kernels until these jobs have ended."
-    logging.disable(logging.CRITICAL)                                          # they would mourn the kernels at length
-    while not all(job.done() for job in jobs): kill_kernels(); time.sleep(.05)
-    logging.disable(logging.NOTSET)
-
 # %% ../../nbs/tools/85_runner.ipynb #dc0243bd
 def interruptible(
-    do:Callable, # takes nothing; starts kernels
-): # what it returns
-    "Call in a second thread; on Ctrl-C kill all kernels until it ends, then raise `KeyboardInterrupt`."
+    client:NotebookClient, # about to execute
+    env:dict, # environment of its kernel
+):
+    "Execute in a second thread; on Ctrl-C kill the kernel, then raise `KeyboardInterrupt`."
     with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(do)
-        try: return job.result()
+        job = thread.submit(client.execute, env=env)
+        try: job.result()
         except KeyboardInterrupt:
-            stop([job])
+            logging.disable(logging.CRITICAL)                                  # they would mourn the kernel at length
+            while not job.done():
+                if client.km and client.km.has_kernel: client.km.provisioner.process.kill()
+                time.sleep(.05)
             raise
 
-# %% ../../nbs/tools/85_runner.ipynb #78cd20b2
+# %% ../../nbs/tools/85_runner.ipynb #64f4425c
 def up_to(
     nb:nbformat.NotebookNode, # loses its later cells
     pattern:str, # a regular expression: the last cell in which it is found is the last to stay
@@ -288,7 +272,7 @@ def up_to(
     last = max((i for i,c in enumerate(nb.cells) if re.search(pattern, c.source)), default=len(nb.cells))
     del nb.cells[last + 1:]
 
-# %% ../../nbs/tools/85_runner.ipynb #2d93c5b4
+# %% ../../nbs/tools/85_runner.ipynb #1653b92b
 def peak_memory(
     manager, # of a kernel that is still there
 ) -> int: # bytes; 0 where Linux' files about processes are missing
@@ -304,23 +288,19 @@ def execute(
     env:dict=None, # environment variables for the kernel
     timeout:float=None, # seconds that one cell may take
     until:str=None, # a regular expression, see `up_to`; to its end if not given
-    quiet:bool=False, # no bar, and nothing of what its cells write to the error stream
 ) -> float: # seconds it took
     "Run the cells of a notebook; raises `NotebookFailed`, naming the notebook and what went wrong."
     nb, start = read_page(path), time.perf_counter()
     if until: up_to(nb, until)
     bar = tqdm(total=len(nb.cells), desc=f"{page_name(path):<27}", unit="cell", leave=True,
-               bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}", disable=quiet)
+               bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}")
     def after_cell(cell, cell_index): bar.update(); nb.metadata["memory"] = peak_memory(client.km)
     client = Runner(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
                     extra_arguments=["--log-level=ERROR"], on_cell_complete=after_cell)
-    client.shows = not quiet
-    _running.add(client)
-    try: interruptible(lambda: client.execute(env={**os.environ, **(env or {})}))
+    try: interruptible(client, {**os.environ, **(env or {})})
     except (CellExecutionError, CellTimeoutError, RuntimeError, OSError) as e:
         raise NotebookFailed(failure(path, e, nb)) from e
     finally:
-        _running.discard(client)
         bar.close()
         atexit.unregister(client._cleanup_kernel)                       # there may be no kernel left to clean up
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -377,34 +357,7 @@ def results_folder(
     except ValueError: raise SparseCodingError(f"{file} is damaged: delete it, and run this again.") from None
     return out
 
-# %% ../../nbs/tools/85_runner.ipynb #485ce538
-def one_by_one(
-    todo:list, # things to run, in order
-    run:Callable, # takes one of them
-    ended:Callable, # takes one of them and what `run` returned
-    jobs:int=1, # as for `run_all`
-):
-    "Run things in order, up to the first that fails."
-    for one in todo: ended(one, run(one))
-
-# %% ../../nbs/tools/85_runner.ipynb #211d44a1
-def run_all(
-    todo:list, # things to run, in order
-    run:Callable, # takes one of them
-    ended:Callable, # takes one of them and what `run` returned; called by one thread
-    jobs:int, # how many at a time
-):
-    "Run things side by side; at the first that fails, the others are stopped."
-    with ThreadPoolExecutor(jobs) as pool:
-        started = {pool.submit(run, one): one for one in todo}
-        try:
-            for job in as_completed(started): ended(started[job], job.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            stop(started)
-            raise
-
-# %% ../../nbs/tools/85_runner.ipynb #5fd0158b
+# %% ../../nbs/tools/85_runner.ipynb #fc62c87d
 def to_do(
     p:Preset, # in force
     paths:list[Path], # notebooks, in order
@@ -421,13 +374,13 @@ def to_do(
         else: todo.append(path)
     return todo
 
-# %% ../../nbs/tools/85_runner.ipynb #5f401304
+# %% ../../nbs/tools/85_runner.ipynb #d6b82ddd
 def run_page(
     p:Preset, # in force
     path:Path, # a notebook
     out:Path, # folder of the run
     ledger:Path, # the claims file
-    **how, # timeout, until and quiet of `execute`
+    **how, # timeout and until of `execute`
 ) -> float: # seconds it took
     "Run one notebook of a run, and note what it asks the cache for (see 84_costs)."
     note = out/"used"/f"{page_name(path)}.txt"
@@ -444,22 +397,17 @@ def reproduce(
     in_place:bool=False, # also write outputs into nbs/ and the ledger into nbs/claims/
     timeout:float=None, # seconds that one cell may take
     figure:str=None, # of the paper: run the pages only as far as they make it
-    jobs:int=1, # pages side by side
 ) -> Path: # out
     "Run the notebooks; what is done is skipped. Raises `SparseCodingError` at the first that fails."
     top = results_folder(out)
     out = results_folder(top/f"seed{p.seed}") if p.seed else top                          # copies of pages, and figures
     ledger, until = ledger_of(p, top, in_place), saves(figure) if figure and not in_place else None
     done = read_json(out/"done.json") if (out/"done.json").exists() else {}
-    todo = paths if in_place else to_do(p, paths, out, done, until)
-    bar = tqdm(total=len(todo), unit="page", disable=jobs == 1)
-    def run(path): return run_page(p, path, out, ledger, timeout=timeout, until=until, quiet=jobs > 1)
-    def ended(path, took):
+    for path in paths if in_place else to_do(p, paths, out, done, until):
+        took = run_page(p, path, out, ledger, timeout=timeout, until=until)
+        if in_place and not p.seed: shutil.copy(out/"notebooks"/f"{page_name(path)}.ipynb", path)
         done[page_name(path)] = {"key": done_key(path, p, until), "seconds": round(took, 1)}
         write_json(out/"done.json", done)
-        if in_place and not p.seed: shutil.copy(out/"notebooks"/f"{page_name(path)}.ipynb", path)
-        if jobs > 1: bar.write(f"{page_name(path):<27} {took:6.0f} s"); bar.update()
-    with bar: interruptible(lambda: (run_all if jobs > 1 else one_by_one)(todo, run, ended, jobs))
     rows = report(ledger_of(replace(p, seed=0), top, in_place))
     (top/"claims.md").write_text(tally(rows) + "\n\n" + claims_table(rows), encoding="utf-8")
     if in_place: subprocess.run(["nbdev_clean", "--fname", str(repository()/"nbs")], check=True)
