@@ -28,6 +28,7 @@ from ..evidence import FRAGMENT, Collector
 from ..prompts import ioi_pairs
 from ..search import Patching, acdc, attribution, start_search, sweep_once, visits
 from ..paper1.baselines import baseline
+from ..paper1.fewest_features import strongest_by_gradient
 
 # %% ../../nbs/tools/80_bench.ipynb #b3064387
 def interleave_times(
@@ -205,7 +206,7 @@ def to_search(
     p:Preset, # model, layer and dictionary
     n_pairs:int, # of sentences
     which:tuple=("SAE", "PCA"), # decompositions
-    most:int|None=None, # features that are searched, those with the strongest gradient; all that differ if None
+    most:int|None=None, # features that are searched, the strongest; all that differ if None
 ) -> Iterator[tuple[str, Patching]]: # by name
     "The cases whose search is timed."
     model = load_model(p.model, fold=p.fold)
@@ -214,7 +215,7 @@ def to_search(
         if name == "PCA": sae = baseline(p, model, p.site, "pca")
         else: sae = dictionary(p, model, Recipe(p.site, p.ratio, p.alpha, seed=p.seed))
         case = Patching(Placed(model, sae), pairs)
-        if most: case.live = sorted(attribution(case, (1.,)).abs().argsort(descending=True)[:most].tolist())
+        case.live = strongest_by_gradient(case, most)
         yield name, case
 
 # %% ../../nbs/tools/80_bench.ipynb #4c4f37e4

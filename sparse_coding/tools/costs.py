@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDS_TWO', 'HARVESTING', 'TRAINING', 'page_name', 'check_pages', 'check_layers', 'check_sizes', 'made_and_used',
-           'size_of', 'record_costs', 'product_seconds', 'recorded', 'groups_of', 'measured', 'estimate',
+           'size_of', 'files_in', 'record_costs', 'product_seconds', 'recorded', 'groups_of', 'measured', 'estimate',
            'estimate_line']
 
-# %% ../../nbs/tools/84_costs.ipynb #6c1ec730
+# %% ../../nbs/tools/84_costs.ipynb #bbfab89c
 import shutil, time
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def check_sizes(
         raise SparseCodingError(f"attn_k = {p.attn_k} is more than the {widest} features of a dictionary with "
                                 f"attn_ratio = {p.attn_ratio}: choose a smaller k.")
 
-# %% ../../nbs/tools/84_costs.ipynb #cff70439
+# %% ../../nbs/tools/84_costs.ipynb #66e3d9c6
 def made_and_used(
     note:Path, # what one page asked the cache for: lines "kind/key seconds"
 ) -> dict: # makes: key -> [seconds, bytes]; uses: all keys
@@ -75,14 +75,20 @@ def made_and_used(
     return {"makes": {key: [s, size_of(cache_dir()/key)] for key, s in made.items()},
             "uses": sorted({key for key, _ in lines})}
 
-# %% ../../nbs/tools/84_costs.ipynb #973eb6d5
+# %% ../../nbs/tools/84_costs.ipynb #aec7fee6
 def size_of(
     folder:Path, # or a file
 ) -> int: # bytes
-    "The size of what is under a folder."
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    "What a folder takes."
+    return sum(f.stat().st_size for f in files_in(folder))
 
-# %% ../../nbs/tools/84_costs.ipynb #0c3248ff
+def files_in(
+    path:Path, # a folder, a file, or nothing that exists
+) -> list[Path]: # in order
+    "All files of a folder, those of its folders too."
+    return [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+
+# %% ../../nbs/tools/84_costs.ipynb #430802aa
 def record_costs(
     out:Path, # folder of a run that began with an empty cache
     file:Path, # receives them
@@ -98,7 +104,7 @@ def record_costs(
     everything = read_json(file) if file.exists() else {}
     write_json(file, everything | {name: {"product": product_seconds(), "pages": pages}})
 
-# %% ../../nbs/tools/84_costs.ipynb #c08e1f23
+# %% ../../nbs/tools/84_costs.ipynb #ebdd6483
 def product_seconds(
     budget:float=.5, # seconds to spend
 ) -> float: # seconds per product
@@ -110,7 +116,7 @@ def product_seconds(
     while (spent := time.perf_counter() - start) < budget: multiply(); n += 1
     return spent/n
 
-# %% ../../nbs/tools/84_costs.ipynb #911b0eee
+# %% ../../nbs/tools/84_costs.ipynb #4c9f0d99
 def recorded(
     record:dict, # from `record_costs`, of one preset
     names:list[str], # pages
@@ -141,7 +147,7 @@ def groups_of(
         found.append((q, [attention_recipes(q)[f"layer {l}"] for l in q.attn_layers]))
     return found
 
-# %% ../../nbs/tools/84_costs.ipynb #a09ad13e
+# %% ../../nbs/tools/84_costs.ipynb #8280c686
 def measured(
     p:Preset, # in force
     paths:list[Path], # the notebooks that would run
@@ -160,13 +166,13 @@ def measured(
         sites = list(dict.fromkeys(g[0].site for g in groups))
         harvests.append(estimate_harvest(model, q.n_tokens + q.n_heldout + 64*q.n_fragments, sites, q.row_len))
         parts += [estimate_training(g, model.d_in(g[0].site), q.batch_size, q.steps_at(g[0].site)) for g in groups]
-        trained += sum(16*r.ratio*model.d_in(r.site)**2 for g in groups for r in g)  # twice both
+        trained += sum(32*r.ratio*model.d_in(r.site)**2 for g in groups for r in g)  # four times both
     weights = sum(w.numel()*w.element_size() for w in model.hf.parameters())
     return {"harvest": sum(h["seconds"] for h in harvests), "training": sum(e["seconds"] for e in parts),
-            "disk": int(sum(h["bytes"] for h in harvests) + weights + trained),
+            "disk": int(1.25*(sum(h["bytes"] for h in harvests) + weights + trained)),
             "memory": int(.6e9) + weights + max(e["bytes"] for e in parts)}
 
-# %% ../../nbs/tools/84_costs.ipynb #52308737
+# %% ../../nbs/tools/84_costs.ipynb #c08baece
 HARVESTING, TRAINING = ("activations", "rows"), ("dictionaries", "attention_dictionaries")       # kinds in the cache
 
 def estimate(
@@ -181,7 +187,8 @@ def estimate(
     kinds = lambda some: slower*sum(found["makes"].get(k, 0.) for k in some)
     cost = {"harvest": kinds(HARVESTING), "training": kinds(TRAINING), "disk": found["disk"], "memory": found["memory"],
             "free": shutil.disk_usage(cache_dir()).free}
-    cost["rest"] = slower*found["own"] + kinds(set(found["makes"]) - {*HARVESTING, *TRAINING})
+    rest = slower*found["own"] + kinds(set(found["makes"]) - {*HARVESTING, *TRAINING})
+    cost["rest"] = rest if p.name in records else 40.*len(paths)
     return cost if p.name in records and p == PRESETS[p.name] else cost | measured(p, paths)
 
 # %% ../../nbs/tools/84_costs.ipynb #2c3ce1fa
