@@ -184,6 +184,14 @@ def test_a_figure_is_drawn_and_the_page_ends_there(tmp_path, monkeypatch):
     with pytest.raises(SparseCodingError, match="ZeroDivisionError"): runner.reproduce(preset(), [path], out)        # it is not done
 
 
+def test_an_executed_page_holds_its_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_CODING_CACHE", str(tmp_path/"cache"))
+    env = runner.environment(preset(), tmp_path, tmp_path/"claims.json")
+    runner.execute(page(tmp_path, "import matplotlib.pyplot as plt", "plt.plot([1, 2]);", "plt.figure(), plt.plot([2, 1]);"), tmp_path/"out.ipynb", env)
+    shown = [[*o["data"]] for c in nbformat.read(tmp_path/"out.ipynb", 4).cells for o in c.outputs]
+    assert ["image/png" in kinds for kinds in shown] == [True, True]
+
+
 def test_the_pictures_of_a_figure_are_told_from_those_of_others(tmp_path):
     for name in ("fig1", "fig13", "fig13_1", "fig1_toy", "activation_norms"): (tmp_path/f"{name}.png").touch()
     assert [f.stem for f in runner.saved(tmp_path, "1")] == ["fig1", "fig13_1", "fig1_toy"]

@@ -132,8 +132,7 @@ PRELUDE = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm = tqdm.std.tqdm"      # te
 
 # %% ../../nbs/tools/85_runner.ipynb #76170650
 PRELOAD = ("torch.testing", "transformers.models.llama.modeling_llama", "safetensors.torch", "scipy.stats", "numba",
-           "sklearn.decomposition", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "fastcore.test",
-           "jaxtyping", "ipykernel.kernelapp")
+           "sklearn.decomposition", "matplotlib.pyplot", "fastcore.test", "jaxtyping", "ipykernel.kernelapp")
 
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 
@@ -146,11 +145,12 @@ def forks(): # a context of multiprocessing
 
 # %% ../../nbs/tools/85_runner.ipynb #08be2cd4
 BIRTH = """
-import multiprocessing, os, runpy, sys, threading
+import matplotlib, multiprocessing, os, runpy, sys, threading
 os.setsid()
 multiprocessing.set_start_method(None, force=True)                                      # what it is anywhere else
 os.environ.clear()
 os.environ.update(env)
+if "MPLBACKEND" in env: matplotlib.rcParams["backend"] = env["MPLBACKEND"]    # it was imported without
 os.chdir(folder)
 threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 sys.argv = ["ipykernel_launcher", *words, f"--IPKernelApp.parent_handle={os.getppid()}"]
