@@ -8,7 +8,7 @@ __all__ = ['set_seed', 'device', 'set_threads', 'threads', 'matmul_precision', '
            'repository', 'commit', 'provenance']
 
 # %% ../nbs/foundation/01_runs.ipynb #8304c1c8
-import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, subprocess, textwrap, time
+import ast, ctypes, hashlib, importlib, importlib.util, inspect, json, os, random, re, subprocess, textwrap, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, wraps
@@ -212,6 +212,17 @@ def _ours(obj) -> bool:
     return callable(obj) and getattr(obj, "__module__", None) is not None and hasattr(obj, "__qualname__") \
         and obj.__module__.split(".")[0] in ("sparse_coding", "__main__")
 
+# %% ../nbs/foundation/01_runs.ipynb #636eb9ed
+def _written(constant) -> str:
+    "A constant as text, which has to be the same in every process and wherever the library lies."
+    if isinstance(constant, Path): return constant.name
+    if isinstance(constant, (set, frozenset)): return repr(sorted(constant, key=repr))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(constant))
+
+def _inside(constant) -> list: # what it holds, one level deep
+    held = constant.values() if isinstance(constant, dict) else constant
+    return list(held) if isinstance(constant, (dict, tuple)) else []
+
 # %% ../nbs/foundation/01_runs.ipynb #636eb9ee
 def code_hash(
     *objects, # functions and classes
@@ -225,7 +236,9 @@ def code_hash(
         (seen[key], names), scope = found, func.__globals__
         for name in names & _globals_of(func.__code__) & scope.keys():
             if _ours(scope[name]): todo += _functions(scope[name])
-            elif name.isupper(): seen[func.__module__, name] = repr(scope[name])
+            elif name.isupper():
+                seen[func.__module__, name] = _written(scope[name])
+                todo += [f for value in _inside(scope[name]) if _ours(value) for f in _functions(value)]
     essence = sorted({(name, text) for (_, name),text in seen.items()})
     return hashlib.sha256(json.dumps(essence).encode()).hexdigest()[:16]
 

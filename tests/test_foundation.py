@@ -231,3 +231,15 @@ def test_a_run_is_told_what_it_needed_and_what_each_part_cost(tmp_path, monkeypa
     found = [(line.split("/")[0], float(line.split()[1])) for line in (tmp_path/"used.txt").read_text().splitlines()]
     assert [kind for kind, _ in found] == ["inner", "outer", "inner"]
     assert .3 <= found[0][1] < 2 and .1 <= found[1][1] < .3 and found[2][1] == 0
+
+
+def test_a_key_is_the_same_in_another_process_and_folder(tmp_path):
+    "Else a cache could not be handed round, and what is kept would be computed anew each time."
+    from sparse_coding.corpora import _write_rows
+    from sparse_coding.paper2.recursive import trace, trace_back
+    shutil.copytree(Path(__file__).parent.parent/"sparse_coding", tmp_path/"sparse_coding", ignore=shutil.ignore_patterns("__pycache__"))
+    show = ("from sparse_coding.corpora import _write_rows\nfrom sparse_coding.paper2.recursive import trace, trace_back\n"
+            "from sparse_coding.runs import code_hash\nprint(code_hash(_write_rows), code_hash(trace, trace_back))")
+    done = subprocess.run([sys.executable, "-c", show], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONHASHSEED": "7"},
+                          capture_output=True, text=True)
+    assert done.stdout.split() == [code_hash(_write_rows), code_hash(trace, trace_back)], done.stderr[-2000:]
